@@ -1,0 +1,83 @@
+"""Weighted sums of table rows, the one primitive under all sampling layers.
+
+A deformable convolution is linear in the features, so its taps can be projected first, for every
+pixel at once (one matrix product), and sampled afterwards. What is left is a sum of a few weighted
+rows for every output, which :func:`torch.nn.functional.embedding_bag` does in one pass without
+storing the samples.
+"""
+
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class RowIndex:
+    """Which rows of a table go into each sum, with the transposed index made at most once.
+
+    Several sums may share one index (class and landmark features are sampled at the same places);
+    its transpose, needed in their backward passes, costs a sort.
+
+    Args:
+        rows: (M, T) int32 or int64, the T rows of each of the M sums, all within ``num_rows``.
+        num_rows: number of rows of the table.
+    """
+
+    def __init__(self, rows: Tensor, num_rows: int) -> None:
+        self.rows = rows
+        self.num_rows = num_rows
+
+    @cached_property
+    def transposed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``order`` (M*T,): terms sorted by row; ``sums``: the sum that each of them belongs to;
+        ``starts`` (num_rows,): where each row's terms begin."""
+        sorted_rows, order = torch.sort(self.rows.reshape(-1))
+        every_row = torch.arange(self.num_rows, dtype=sorted_rows.dtype, device=sorted_rows.device)
+        starts = torch.searchsorted(sorted_rows, every_row).to(sorted_rows.dtype)
+        sums = torch.div(order, self.rows.shape[1], rounding_mode="floor")
+        return order, sums.to(sorted_rows.dtype), starts
+
+
+def weighted_row_sum(table: Tensor, index: RowIndex, weights: Tensor) -> Tensor:
+    """``out[m] = sum_t weights[m, t] * table[index.rows[m, t]]``.
+
+    Args:
+        table: (R, C) with R equal to ``index.num_rows``.
+        index: the rows of the M sums.
+        weights: (M, T), same dtype as ``table``.
+
+    Returns:
+        (M, C). Differentiable once in ``table`` and ``weights``.
+    """
+    return _WeightedRowSum.apply(table, index, weights)
+
+
+class _WeightedRowSum(torch.autograd.Function):
+    # PyTorch's own backward of embedding_bag sorts anew for each call and is several times slower
+    # than its forward on a CPU; the transposed sum is a forward again.
+
+    @staticmethod
+    def forward(ctx, table: Tensor, index: RowIndex, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(table, weights)
+        ctx.index = index
+        return F.embedding_bag(index.rows, table, mode="sum", per_sample_weights=weights)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        table, weights = ctx.saved_tensors
+        index = ctx.index
+        grad = grad.contiguous()
+        grad_table = grad_weights = None
+        if ctx.needs_input_grad[0]:
+            order, sums, starts = index.transposed
+            grad_table = F.embedding_bag(
+                sums, grad, starts, mode="sum", per_sample_weights=weights.reshape(-1)[order]
+            )
+        if ctx.needs_input_grad[2]:
+            with torch.enable_grad():
+                leaf = weights.detach().requires_grad_()
+                out = F.embedding_bag(index.rows, table, mode="sum", per_sample_weights=leaf)
+            (grad_weights,) = torch.autograd.grad(out, leaf, grad)
+        return grad_table, None, grad_weights
