@@ -1,0 +1,78 @@
+"""Config keys that LSNet adds to Detectron2's."""
+
+from detectron2.config import CfgNode as CN
+
+
+def add_lsnet_config(cfg: CN) -> None:
+    """Add the keys of LSNet to a Detectron2 config, in place. Idempotent.
+
+    Call it on ``detectron2.config.get_cfg()`` before merging one of our YAML files.
+    """
+    if "LSNET" in cfg.MODEL:
+        return
+
+    cfg.MODEL.LSNET = CN()
+    # What is learned: "bbox", "segm", "pose_bbox", "pose_kbox", or "joint" (see BRANCHES).
+    cfg.MODEL.LSNET.TASK = "bbox"
+    # Landmark branches of the joint task, in order. The first one supplies the boxes for
+    # assignment and NMS, the last one steers where classification samples.
+    cfg.MODEL.LSNET.BRANCHES = ["extreme"]
+    # Number of object classes.
+    cfg.MODEL.LSNET.NUM_CLASSES = 80
+    # Feature maps that the head runs on, finest first. At least three.
+    cfg.MODEL.LSNET.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
+    # Vertices of a contour (branch "contour").
+    cfg.MODEL.LSNET.NUM_CONTOUR_POINTS = 36
+
+    # --- head
+    # Convolutions of the towers: "dcn" (modulated deformable, as in the paper) or "conv" (faster).
+    cfg.MODEL.LSNET.TOWER_CONV = "dcn"
+    # Convolutions in each tower; they have MODEL.FPN.OUT_CHANNELS channels, a multiple of 32.
+    cfg.MODEL.LSNET.NUM_CONVS = 3
+    # Score that every class has before training (bias of the classifier).
+    cfg.MODEL.LSNET.PRIOR_PROB = 0.01
+    # Scaling of the sampling offsets between pyramid levels. False: every level scales them once.
+    # True: as in the released code, where the scale factors pile up over the three levels; its
+    # checkpoints need it (docs/reference_notes.md).
+    cfg.MODEL.LSNET.REFERENCE_OFFSETS = False
+    # Share of the gradient that flows from the sampling locations back into the initial vectors.
+    cfg.MODEL.LSNET.OFFSET_GRADIENT_MUL = 0.1
+    # Corner point verification.
+    cfg.MODEL.LSNET.CPV = False
+
+    # --- targets and losses
+    # Length given to the unused side of a vector, relative to the used one.
+    cfg.MODEL.LSNET.CROSS_IOU_ALPHA = 0.2
+    # Candidates per pyramid level and object in the ATSS assignment of the refine stage.
+    cfg.MODEL.LSNET.ATSS_TOPK = 9
+    # Leave anchor points inside crowd objects out of the classification loss. False: such points
+    # are background, as in the released code.
+    cfg.MODEL.LSNET.IGNORE_CROWD = True
+    cfg.MODEL.LSNET.FOCAL_LOSS_ALPHA = 0.25
+    cfg.MODEL.LSNET.FOCAL_LOSS_GAMMA = 2.0
+    cfg.MODEL.LSNET.CLS_LOSS_WEIGHT = 1.0
+    # Weights of the landmark losses of each branch in order, init and refine stage.
+    cfg.MODEL.LSNET.INIT_LOSS_WEIGHTS = [1.0]
+    cfg.MODEL.LSNET.REFINE_LOSS_WEIGHTS = [2.0]
+
+    # --- inference (TEST.DETECTIONS_PER_IMAGE holds too)
+    cfg.MODEL.LSNET.SCORE_THRESH_TEST = 0.05
+    # Anchor points kept per pyramid level before NMS.
+    cfg.MODEL.LSNET.TOPK_CANDIDATES_TEST = 1000
+    cfg.MODEL.LSNET.NMS_THRESH_TEST = 0.6
+
+    # Batch-norm of the ResNets: "fixed" keeps the statistics and trains weight and bias, as in the
+    # released code; any other value is given to Detectron2 as MODEL.RESNETS.NORM.
+    cfg.MODEL.RESNETS.BATCH_NORM_STATISTICS = "fixed"
+
+    # EfficientNet-Lite backbone.
+    cfg.MODEL.EFFICIENTNET = CN()
+    cfg.MODEL.EFFICIENTNET.OUT_FEATURES = ["stride8", "stride16", "stride32"]
+    # 0: train all; 1: stem fixed; 2: stem and the first stage fixed; and so on.
+    cfg.MODEL.EFFICIENTNET.FREEZE_AT = 0
+    # Batch-norm statistics: "fixed" (ImageNet's, weight and bias are trained) or "batch".
+    cfg.MODEL.EFFICIENTNET.BATCH_NORM_STATISTICS = "fixed"
+
+    # Where the mapper takes extreme points from: "segmentation" derives them from the augmented
+    # mask, "annotation" reads the key "extreme_points" written by tools/gen_coco_lsvr.py.
+    cfg.INPUT.EXTREME_POINTS = "segmentation"

@@ -1,0 +1,168 @@
+"""Which anchor points learn which object.
+
+Letters: A anchor points of all levels, level by level, and G ground-truth objects of one image. An
+assignment is an (A,) int64 tensor: the index of the point's object, or -1 for none.
+"""
+
+import torch
+from torch import Tensor
+
+_NONE = -1
+_EPS_SIZE = 1e-6
+
+
+def assign_nearest(
+    points: Tensor,
+    strides: list[int],
+    points_per_level: list[int],
+    gt_boxes: Tensor,
+    *,
+    valid: Tensor | None = None,
+    gt_centers: Tensor | None = None,
+    base_scale: float = 4.0,
+    num_positives: int = 1,
+) -> Tensor:
+    """Init stage: every object takes the nearest point of the level that suits its size.
+
+    The level is that with log2(stride) = log2(sqrt(w * h) / base_scale), rounded down and limited
+    to those there are. Distances are relative to the object's width and height. Where two objects
+    want one point the nearer gets it, and the other none (released code, centroid_assigner).
+
+    Args:
+        points: (A, 2) x, y in image pixels.
+        strides: stride of each level, powers of two, ascending.
+        points_per_level: number of points of each level; they add up to A.
+        gt_boxes: (G, 4) XYXY in image pixels.
+        valid: (A,) bool, points that may be assigned; None: all.
+        gt_centers: (G, 2), where the nearest point is sought; None: the centres of the boxes.
+        num_positives: points that each object takes.
+    """
+    num_points = len(points)
+    if len(gt_boxes) == 0:
+        return points.new_full((num_points,), _NONE, dtype=torch.int64)
+    if gt_centers is None:
+        gt_centers = (gt_boxes[:, :2] + gt_boxes[:, 2:]) / 2
+    gt_sizes = (gt_boxes[:, 2:] - gt_boxes[:, :2]).clamp(min=_EPS_SIZE)
+    first, last = stride_log2(strides[0]), stride_log2(strides[-1])
+    gt_levels = torch.log2(gt_sizes / base_scale).mean(dim=1).int().clamp(first, last)
+
+    chosen, owners, costs = [], [], []
+    start = 0
+    for stride, count in zip(strides, points_per_level, strict=True):
+        objects = torch.nonzero(gt_levels == stride_log2(stride)).squeeze(1)
+        level_points = points[start : start + count]
+        shift = (level_points - gt_centers[objects, None]) / gt_sizes[objects, None]
+        distance = shift.norm(dim=2)
+        if valid is not None:
+            distance[:, ~valid[start : start + count]] = torch.inf
+        distance, nearest = distance.topk(min(num_positives, count), dim=1, largest=False)
+        chosen.append((nearest + start).flatten())
+        owners.append(objects[:, None].expand_as(nearest).flatten())
+        costs.append(distance.flatten())
+        start += count
+    return _lowest_cost(num_points, torch.cat(chosen), torch.cat(owners), torch.cat(costs))
+
+
+def assign_atss(
+    boxes: Tensor,
+    points_per_level: list[int],
+    gt_boxes: Tensor,
+    *,
+    valid: Tensor | None = None,
+    topk: int = 9,
+) -> tuple[Tensor, Tensor]:
+    """Refine stage: adaptive training sample selection (arXiv 1912.02424) on predicted boxes.
+
+    On every level the ``topk`` boxes with the nearest centres are an object's candidates. Those
+    whose IoU reaches the candidates' mean plus standard deviation, and whose centre lies inside
+    the object's box, are its positives. A point wanted by several objects goes to that with the
+    highest IoU. Levels with fewer points give what they have.
+
+    Args:
+        boxes: (A, 4) XYXY, the box predicted at each anchor point; may be inverted.
+        points_per_level: number of points of each level; they add up to A.
+        gt_boxes: (G, 4) XYXY.
+        valid: (A,) bool, points that may be assigned; None: all.
+        topk: candidates per level.
+
+    Returns:
+        The assignment (A,), and the IoU of each assigned point with its object (A,), else 0.
+    """
+    num_points = len(boxes)
+    if len(gt_boxes) == 0:
+        assignment = boxes.new_full((num_points,), _NONE, dtype=torch.int64)
+        return assignment, boxes.new_zeros(num_points)
+    centers = (boxes[:, :2] + boxes[:, 2:]) / 2
+    gt_centers = (gt_boxes[:, :2] + gt_boxes[:, 2:]) / 2
+
+    candidates, usable = [], []
+    start = 0
+    for count in points_per_level:
+        level = slice(start, start + count)
+        # (G, count), the largest array here: one coordinate at a time
+        distance = (centers[level, 0] - gt_centers[:, :1]).square_()
+        distance += (centers[level, 1] - gt_centers[:, 1:]).square_()
+        if valid is not None:
+            distance[:, ~valid[level]] = torch.inf
+        distance, nearest = distance.topk(min(topk, count), dim=1, largest=False)
+        candidates.append(nearest + start)
+        usable.append(distance.isfinite())
+        start += count
+    candidates, usable = torch.cat(candidates, dim=1), torch.cat(usable, dim=1)
+
+    iou = pairwise_iou_inverted(boxes[candidates], gt_boxes[:, None])  # (G, candidates)
+    number = usable.sum(dim=1, keepdim=True)
+    mean = (iou * usable).sum(dim=1, keepdim=True) / number.clamp(min=1)
+    variance = ((iou - mean).square() * usable).sum(dim=1, keepdim=True) / (number - 1).clamp(min=1)
+    to_sides = torch.cat(
+        [centers[candidates] - gt_boxes[:, None, :2], gt_boxes[:, None, 2:] - centers[candidates]],
+        dim=2,
+    )
+    inside = to_sides.amin(dim=2) > 0.01  # image pixels
+    positive = usable & inside & (iou >= mean + variance.sqrt())
+
+    owners, column = torch.nonzero(positive, as_tuple=True)
+    chosen, iou = candidates[owners, column], iou[owners, column]
+    assignment = _lowest_cost(num_points, chosen, owners, -iou)
+    quality = boxes.new_zeros(num_points)
+    won = assignment[chosen] == owners
+    quality[chosen[won]] = iou[won]
+    return assignment, quality
+
+
+def stride_log2(stride: int) -> int:
+    """Pyramid level of a stride; raises ValueError unless it is a power of two."""
+    if stride < 1 or stride & (stride - 1):
+        raise ValueError(f"strides must be powers of two, got {stride}")
+    return stride.bit_length() - 1
+
+
+def pairwise_iou_inverted(boxes: Tensor, others: Tensor) -> Tensor:
+    """IoU of broadcast pairs of boxes (..., 4) XYXY, defined for inverted boxes as well.
+
+    Detectron2's and torchvision's take proper boxes only. Here, as in the released code, areas
+    carry the sign of width times height.
+    """
+    low = torch.maximum(boxes[..., :2], others[..., :2])
+    high = torch.minimum(boxes[..., 2:], others[..., 2:])
+    intersection = (high - low).clamp(min=0).prod(dim=-1)
+    area = (boxes[..., 2:] - boxes[..., :2]).prod(dim=-1)
+    other_area = (others[..., 2:] - others[..., :2]).prod(dim=-1)
+    return intersection / (area + other_area - intersection).clamp(min=_EPS_SIZE)
+
+
+def _lowest_cost(num_points: int, chosen: Tensor, owners: Tensor, costs: Tensor) -> Tensor:
+    """Settle who gets each point: the claim of the lowest cost, then of the lowest object index.
+
+    Independent of the order of the claims, hence the same on every device.
+
+    Args:
+        chosen, owners, costs: (M,) claims; infinite costs are no claims.
+    """
+    lowest = costs.new_full((num_points,), torch.inf)
+    lowest = lowest.scatter_reduce(0, chosen, costs, "amin")
+    wins = (costs == lowest[chosen]) & costs.isfinite()
+    nobody = torch.iinfo(torch.int64).max
+    assignment = torch.full((num_points,), nobody, dtype=torch.int64, device=costs.device)
+    assignment = assignment.scatter_reduce(0, chosen[wins], owners[wins], "amin")
+    return assignment.masked_fill(assignment == nobody, _NONE)

@@ -1,0 +1,48 @@
+"""Anchor points: the cells of all pyramid levels, in image coordinates."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class AnchorPoints:
+    """Anchor points of all levels, level by level and row-major.
+
+    Cell (i, j) of a level with stride s lies at x = j * s, y = i * s: no shift by half a cell.
+
+    Attributes:
+        xy: (A, 2) float32, in pixels of the network's input.
+        strides: (A,) float32.
+        per_level: number of points of each level.
+    """
+
+    xy: Tensor
+    strides: Tensor
+    per_level: list[int]
+
+
+def make_anchor_points(
+    sizes: list[tuple[int, int]], strides: list[int], device: torch.device
+) -> AnchorPoints:
+    """
+    Args:
+        sizes: (H, W) of each level.
+        strides: stride of each level.
+    """
+    xy = []
+    for (height, width), stride in zip(sizes, strides, strict=True):
+        y = torch.arange(height, dtype=torch.float32, device=device) * stride
+        x = torch.arange(width, dtype=torch.float32, device=device) * stride
+        xy.append(torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).view(-1, 2))
+    per_level = [len(level) for level in xy]
+    stride = torch.tensor(strides, dtype=torch.float32, device=device)
+    repeats = torch.tensor(per_level, device=device)
+    return AnchorPoints(torch.cat(xy), stride.repeat_interleave(repeats), per_level)
+
+
+def points_in_boxes(points: Tensor, boxes: Tensor) -> Tensor:
+    """(A,) bool: points (A, 2) that lie in any of the boxes (M, 4) XYXY."""
+    points = points[:, None]
+    return ((points >= boxes[:, :2]) & (points < boxes[:, 2:])).all(dim=2).any(dim=1)

@@ -1,0 +1,128 @@
+import pytest
+import torch
+from parity import Recorded
+
+from lsnet_d2.modeling.assigners import assign_atss, assign_nearest, pairwise_iou_inverted
+from lsnet_d2.modeling.points import make_anchor_points
+
+CASES = ["none", "one", "few", "many", "tiny", "large", "crowded"]
+STRIDES = [8, 16, 32, 64, 128]
+
+
+def points_of(level_hw):
+    sizes = [tuple(hw) for hw in level_hw.tolist()]
+    return make_anchor_points(sizes, STRIDES[: len(sizes)], torch.device("cpu"))
+
+
+def quadrilateral_centroids(extremes):
+    """Centroid by area of the quadrilaterals of four extreme points (G, 4, 2)."""
+    following = extremes.roll(-1, dims=1)
+    cross = extremes[..., 0] * following[..., 1] - following[..., 0] * extremes[..., 1]
+    return ((extremes + following) * cross[..., None]).sum(1) / (3 * cross.sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("num_positives", [1, 3])
+@pytest.mark.parametrize("case", CASES)
+def test_nearest_centre_is_that_of_the_released_code(case, num_positives):
+    recorded = Recorded("comp_centroid_assigner.npz", f"{case}.")
+    points = points_of(recorded["level_hw"])
+    assigned = assign_nearest(
+        points.xy, STRIDES, points.per_level, recorded["gt_boxes"], num_positives=num_positives
+    )
+    assert torch.equal(assigned + 1, recorded[f"gt_inds_center_pos{num_positives}"].long())
+
+
+@pytest.mark.parametrize("num_positives", [1, 3])
+@pytest.mark.parametrize("case", CASES)
+def test_nearest_centroid_is_that_of_the_released_code(case, num_positives):
+    recorded = Recorded("comp_centroid_assigner.npz", f"{case}.")
+    points = points_of(recorded["level_hw"])
+    extremes = recorded["gt_extremes"].view(-1, 5, 2)[:, :4].double()
+    assigned = assign_nearest(
+        points.xy,
+        STRIDES,
+        points.per_level,
+        recorded["gt_boxes"],
+        gt_centers=quadrilateral_centroids(extremes).float(),
+        num_positives=num_positives,
+    )
+    assert torch.equal(assigned + 1, recorded[f"gt_inds_centroid_pos{num_positives}"].long())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_atss_is_that_of_the_released_code(case):
+    recorded = Recorded("comp_atss_assigner.npz", f"{case}.")
+    per_level = recorded["level_hw"].prod(1).tolist()
+    assigned, quality = assign_atss(recorded["boxes"], per_level, recorded["gt_boxes"])
+    assert torch.equal(assigned + 1, recorded["gt_inds"].long())
+    positive = assigned >= 0
+    torch.testing.assert_close(quality[positive], recorded["max_overlaps"][positive])
+    assert (quality[~positive] == 0).all()
+
+
+def test_the_nearer_object_gets_a_shared_point_and_the_other_none():
+    points = points_of(torch.tensor([[4, 4], [2, 2], [1, 1]]))
+    boxes = torch.tensor([[8.0, 8.0, 22.0, 22.0], [4.0, 4.0, 26.0, 26.0]])  # centre 15, 15
+    points_per_level = points.per_level
+    assigned = assign_nearest(points.xy, STRIDES[:3], points_per_level, boxes)
+    # Equal centres: relative to its size the larger object is nearer.
+    assert assigned.tolist().count(1) == 1 and assigned.tolist().count(0) == 0
+    assert points.xy[assigned == 1].tolist() == [[16.0, 16.0]]
+
+
+def test_equal_claims_go_to_the_first_object():
+    points = points_of(torch.tensor([[4, 4], [2, 2], [1, 1]]))
+    boxes = torch.tensor([[8.0, 8.0, 22.0, 22.0]]).repeat(3, 1)
+    assigned = assign_nearest(points.xy, STRIDES[:3], points.per_level, boxes)
+    assert assigned.unique().tolist() == [-1, 0]
+
+
+@pytest.mark.parametrize(
+    ("side", "level"), [(1, 0), (63.9, 0), (64, 1), (127, 1), (128, 2), (511, 3), (9999, 4)]
+)
+def test_level_follows_the_size(side, level):
+    sizes = [(128 >> i, 128 >> i) for i in range(5)]
+    points = make_anchor_points(sizes, STRIDES, torch.device("cpu"))
+    assigned = assign_nearest(
+        points.xy, STRIDES, points.per_level, torch.tensor([[0.0, 0.0, side, side]])
+    )
+    assert points.strides[assigned >= 0].tolist() == [STRIDES[level]]
+
+
+def test_invalid_points_are_never_assigned():
+    points = points_of(torch.tensor([[4, 4], [2, 2], [1, 1]]))
+    boxes = torch.tensor([[0.0, 0.0, 30.0, 30.0]])
+    valid = torch.zeros(len(points.xy), dtype=torch.bool)
+    assigned = assign_nearest(points.xy, STRIDES[:3], points.per_level, boxes, valid=valid)
+    assert (assigned == -1).all()
+    predicted = boxes.expand(len(points.xy), 4)
+    assigned, _ = assign_atss(predicted, points.per_level, boxes, valid=valid)
+    assert (assigned == -1).all()
+
+
+def test_atss_takes_what_small_levels_have():
+    points = points_of(torch.tensor([[2, 2], [1, 1], [1, 1]]))
+    gt_boxes = torch.tensor([[0.0, 0.0, 16.0, 16.0]])
+    predicted = torch.cat([points.xy - 4, points.xy + 12], dim=1)
+    predicted[1] = gt_boxes[0]
+    assigned, quality = assign_atss(predicted, points.per_level, gt_boxes, topk=9)
+    assert assigned[1] == 0 and quality[1] == 1
+    one_candidate, _ = assign_atss(predicted[:1], [1], gt_boxes)
+    assert one_candidate.tolist() == [0]
+
+
+def test_assignment_does_not_depend_on_the_order_of_objects():
+    recorded = Recorded("comp_atss_assigner.npz", "crowded.")
+    per_level = recorded["level_hw"].prod(1).tolist()
+    order = torch.randperm(len(recorded["gt_boxes"]), generator=torch.Generator().manual_seed(0))
+    assigned, _ = assign_atss(recorded["boxes"], per_level, recorded["gt_boxes"])
+    shuffled, _ = assign_atss(recorded["boxes"], per_level, recorded["gt_boxes"][order])
+    assert torch.equal(torch.where(shuffled >= 0, order[shuffled], -1), assigned)
+
+
+def test_iou_of_inverted_boxes():
+    box = torch.tensor([0.0, 0.0, 2.0, 2.0])
+    shifted = torch.tensor([1.0, 0.0, 3.0, 2.0])
+    inverted = torch.tensor([2.0, 0.0, 0.0, 2.0])
+    assert pairwise_iou_inverted(box, shifted).item() == pytest.approx(2 / 6)
+    assert pairwise_iou_inverted(inverted, box).item() == 0

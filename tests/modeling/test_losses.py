@@ -1,0 +1,124 @@
+import pytest
+import torch
+from parity import Recorded, relative_difference
+
+from lsnet_d2.modeling.losses import (
+    box_penalty,
+    cross_iou,
+    cross_iou_grouped,
+    cross_iou_per_coordinate,
+)
+from lsnet_d2.modeling.vectors import decode_vectors
+
+
+def extreme_loss(pred, target, boxes, gt_boxes, visible):
+    overlap = cross_iou(pred, target)
+    return 1 - overlap + box_penalty(boxes, gt_boxes, overlap)
+
+
+def contour_loss(pred, target, boxes, gt_boxes, visible):
+    overlap = cross_iou_grouped(pred, target, num_groups=9)
+    return 1 - overlap + box_penalty(boxes, gt_boxes, overlap)
+
+
+def keypoint_loss(pred, target, boxes, gt_boxes, visible):
+    return 1 - cross_iou_per_coordinate(pred, target, visible)
+
+
+def extreme_boxes(points):
+    return torch.stack([points[:, 1, 0], points[:, 0, 1], points[:, 3, 0], points[:, 2, 1]], 1)
+
+
+def spanned_boxes(points):
+    return torch.cat([points.amin(1), points.amax(1)], dim=1)
+
+
+KINDS = {
+    "bbox": (extreme_loss, extreme_boxes),
+    "polygon": (contour_loss, spanned_boxes),
+    "keypoint": (keypoint_loss, spanned_boxes),
+}
+
+
+def recorded_case(kind):
+    recorded = Recorded(f"comp_cross_iou_{kind}.npz")
+    unit = recorded["normalize_term"][:, None]
+    pred = recorded["pred"].view(len(unit), -1, 4).requires_grad_()
+    target = recorded["target_after_alpha"].view(len(unit), -1, 4)
+    origin = recorded["anchor_pts"][:, None, :2] / unit[:, None]
+    visible = recorded["vs"] > 0 if "vs" in recorded else None
+    loss_function, make_boxes = KINDS[kind]
+
+    def loss_of(vectors):
+        boxes = make_boxes(decode_vectors(vectors[:, :-1]) + origin)
+        return loss_function(vectors, target, boxes, recorded["gt_boxes"] / unit, visible)
+
+    return recorded, pred, target, loss_of
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_value_and_gradient_are_those_of_the_released_code(kind):
+    recorded, pred, _, loss_of = recorded_case(kind)
+    loss = loss_of(pred)
+    assert relative_difference(loss, recorded["loss_elem"]) < 1e-5
+    (gradient,) = torch.autograd.grad(loss.sum(), pred, retain_graph=True)
+    assert relative_difference(gradient.flatten(1), recorded["grad_pred_sum"]) < 1e-4
+
+    weighted = 2 * (loss * recorded["weight"]).sum() / 17
+    assert relative_difference(weighted, recorded["loss_weighted_w2_avg17"]) < 1e-5
+    (gradient,) = torch.autograd.grad(weighted, pred)
+    assert relative_difference(gradient.flatten(1), recorded["grad_pred_weighted"]) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["bbox", "polygon"])
+def test_exact_prediction_is_finite_where_the_released_code_gives_nan(kind):
+    recorded, _, target, loss_of = recorded_case(kind)
+    assert recorded["perfect8_loss"].isnan().any()
+    pred = target.clone().requires_grad_()
+    loss = loss_of(pred)
+    positive = recorded["weight"] > 0
+    loss[positive].sum().backward()
+    assert loss[positive].isfinite().all()
+    assert pred.grad[positive].isfinite().all()
+
+
+def test_perfect_and_disjoint_predictions():
+    target = torch.tensor([[[1.0, 0.2, 0.0, 0.0], [3.0, 0.6, 2.0, 0.4]]])
+    assert cross_iou(target, target).item() == pytest.approx(1)
+    assert cross_iou(torch.zeros_like(target), target).item() == 0
+    # min: 1 + 0.2 + 3 + 0.6 + 2 + 0.4; max: the same plus 1.8 in an unused component
+    pred = target.clone()
+    pred[0, 0, 2] = 1.8
+    assert cross_iou(pred, target).item() == pytest.approx(7.2 / 9.0)
+
+
+def test_groups_are_interleaved():
+    target = torch.ones(1, 4, 4)
+    pred = target.clone()
+    pred[:, 1::2] = 0.5
+    assert cross_iou_grouped(pred, target, num_groups=2).item() == pytest.approx(0.75)
+
+
+def test_invisible_landmarks_count_as_zero_and_get_no_gradient():
+    target = torch.ones(1, 3, 4)
+    pred = torch.full((1, 3, 4), 0.5, requires_grad=True)
+    overlap = cross_iou_per_coordinate(pred, target, torch.tensor([[True, False]]))
+    assert overlap.item() == pytest.approx(0.5 * 2 / 3)
+    overlap.sum().backward()
+    assert (pred.grad[0, 1] == 0).all() and (pred.grad[0, 0] > 0).all()
+
+
+def test_box_penalty_by_hand():
+    pred = torch.tensor([[0.0, 0.0, 2.0, 2.0]])
+    shifted = torch.tensor([[1.0, 0.0, 3.0, 2.0]])
+    overlap = torch.tensor([0.5])
+    # centres 1 apart, enclosing box 3 x 2, equal aspect ratios
+    assert box_penalty(pred, shifted, overlap).item() == pytest.approx(1 / 13, rel=1e-5)
+    assert box_penalty(pred, pred, torch.ones(1)).item() == 0
+
+
+def test_no_positive_points():
+    none = torch.zeros(0, 5, 4)
+    assert cross_iou(none, none).shape == (0,)
+    assert cross_iou_grouped(none, none, 2).shape == (0,)
+    assert box_penalty(torch.zeros(0, 4), torch.zeros(0, 4), torch.zeros(0)).shape == (0,)
