@@ -1,0 +1,202 @@
+"""LSNet's head: towers, initial landmark vectors, sampling at them, refined vectors and classes.
+
+Letters: B images, L pyramid levels, A anchor points of all levels together (level by level and
+row-major), C channels, K classes, V landmarks of a branch.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from torch import Tensor, nn
+
+from ..layers import ModulatedDeformConv, PyramidDeformConv, PyramidGrid
+from ..layers.pyramid_sampling import SOURCES_PER_LEVEL, flatten_levels, unflatten_levels
+from .landmarks import LandmarkBranch
+from .vectors import COMPONENTS
+
+_GROUPS = 32
+
+
+@dataclass
+class HeadOutput:
+    """Predictions at all anchor points.
+
+    Attributes:
+        logits: (B, A, K).
+        init, refine: per branch (B, A, V + 1, 4), landmark vectors in cells of the point's level.
+        sizes: (H, W) of each level.
+    """
+
+    logits: Tensor
+    init: list[Tensor]
+    refine: list[Tensor]
+    sizes: list[tuple[int, int]]
+
+
+def _conv(in_channels: int, out_channels: int, kernel_size: int, *, bias: bool = True) -> nn.Conv2d:
+    """Same-size convolution with the head's initialisation."""
+    conv = nn.Conv2d(
+        in_channels, out_channels, kernel_size, padding=(kernel_size - 1) // 2, bias=bias
+    )
+    nn.init.normal_(conv.weight, std=0.01)
+    if bias:
+        nn.init.zeros_(conv.bias)
+    return conv
+
+
+class ConvNormAct(nn.Sequential):
+    """3x3 convolution, plain or deformable, with GroupNorm and ReLU."""
+
+    def __init__(self, channels: int, kind: str) -> None:
+        if kind == "dcn":
+            conv = ModulatedDeformConv(channels, channels)
+        elif kind == "conv":
+            conv = _conv(channels, channels, 3, bias=False)
+        else:
+            raise ValueError(f"MODEL.LSNET.TOWER_CONV is {kind!r}; it must be 'dcn' or 'conv'")
+        super().__init__(conv, nn.GroupNorm(_GROUPS, channels), nn.ReLU(inplace=True))
+
+
+class Tower(nn.Sequential):
+    """Convolutions that all levels share."""
+
+    def __init__(self, channels: int, num_convs: int, kind: str) -> None:
+        super().__init__(*[ConvNormAct(channels, kind) for _ in range(num_convs)])
+
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        return [super(Tower, self).forward(feature) for feature in features]
+
+
+class SampledPredictor(nn.Module):
+    """Predictions from features sampled on three levels, joined by the point's own surroundings.
+
+    The samples of the three levels are fused by a 1x1 convolution and added to a 3x3 convolution
+    of the own level (released code: af_dcn_conv, feat_conv).
+    """
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.sample = PyramidDeformConv(channels, channels)
+        self.fuse = _conv(SOURCES_PER_LEVEL * channels, channels, 1)
+        self.local = _conv(channels, channels, 3)
+        self.norm = nn.GroupNorm(_GROUPS, channels)
+        self.out = _conv(channels, out_channels, 1)
+
+    def forward(self, features: list[Tensor], grid: PyramidGrid) -> Tensor:
+        """Per level (B, C, H, W) to (B, A, out_channels)."""
+        outputs = []
+        levels = unflatten_levels(self.sample(features, grid), grid.sizes)
+        for feature, sampled in zip(features, levels, strict=True):
+            joined = F.relu(self.fuse(sampled)) + self.local(feature)
+            outputs.append(self.out(F.relu(self.norm(joined))))
+        return flatten_levels(outputs)
+
+
+class BranchLayers(nn.Module):
+    """The layers of one landmark branch: tower, initial vectors, refined vectors."""
+
+    def __init__(self, branch: LandmarkBranch, channels: int, num_convs: int, kind: str) -> None:
+        super().__init__()
+        self.branch = branch
+        self.vector_channels = COMPONENTS * branch.num_vectors
+        self.tower = Tower(channels, num_convs, kind)
+        self.init_conv = _conv(channels, channels, 3)
+        # Free sampling points are predicted as (y, x), after the vectors.
+        self.init_out = _conv(channels, self.vector_channels + 2 * branch.num_free_points, 1)
+        self.refine = SampledPredictor(channels, self.vector_channels)
+
+    def initial(self, features: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Initial vectors (B, A, V + 1, 4), and sampling points (B, A, 9, 2) as x, y, in cells."""
+        raw = flatten_levels([self.init_out(F.relu(self.init_conv(f))) for f in features])
+        vectors, free = raw.tensor_split([self.vector_channels], dim=2)
+        vectors = F.softplus(vectors).unflatten(2, (-1, COMPONENTS))
+        free = free.unflatten(2, (-1, 2)).flip(-1)
+        return vectors, self.branch.sampling_points(vectors, free)
+
+    def refined(self, features: list[Tensor], grid: PyramidGrid, vectors: Tensor) -> Tensor:
+        """Refined vectors (B, A, V + 1, 4): a residual on the initial ones."""
+        residual = self.refine(features, grid).view_as(vectors)
+        return F.softplus(residual + vectors.detach())
+
+
+class LSNetHead(nn.Module):
+    """A tower for classes, one for each landmark branch, and sampling at the landmarks between.
+
+    Each branch samples at its own landmarks, the classes where the last branch does.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        num_classes: int,
+        branches: list[LandmarkBranch],
+        tower_conv: str = "dcn",
+        num_convs: int = 3,
+        prior_prob: float = 0.01,
+        reference_offsets: bool = False,
+        offset_gradient_mul: float = 0.1,
+    ) -> None:
+        """
+        Args:
+            in_channels: C, a multiple of 32, at least 64.
+            num_classes: K.
+            branches: landmark branches, at least one.
+            tower_conv: "dcn" or "conv".
+            num_convs: convolutions of each tower.
+            prior_prob: score of every class before training.
+            reference_offsets: see :class:`~lsnet_d2.layers.PyramidGrid`.
+            offset_gradient_mul: factor on the gradient from sampling places to initial vectors.
+        """
+        super().__init__()
+        if in_channels % _GROUPS or in_channels == _GROUPS:
+            # with one channel a group, the norm of a level of one cell is undefined
+            raise ValueError(
+                f"the head needs a larger multiple of {_GROUPS} channels "
+                f"(MODEL.FPN.OUT_CHANNELS), got {in_channels}"
+            )
+        self.reference_offsets = reference_offsets
+        self.offset_gradient_mul = offset_gradient_mul
+        self.cls_tower = Tower(in_channels, num_convs, tower_conv)
+        self.cls_predictor = SampledPredictor(in_channels, num_classes)
+        self.branches = nn.ModuleDict(
+            {b.name: BranchLayers(b, in_channels, num_convs, tower_conv) for b in branches}
+        )
+        # The focal loss starts from rare objects.
+        nn.init.constant_(self.cls_predictor.out.bias, -math.log((1 - prior_prob) / prior_prob))
+
+    @classmethod
+    def from_config(
+        cls, cfg: CfgNode, input_shape: list[ShapeSpec], branches: list[LandmarkBranch]
+    ) -> dict:
+        channels = {shape.channels for shape in input_shape}
+        if len(channels) != 1:
+            raise ValueError(f"all levels must have the same number of channels, got {channels}")
+        return {
+            "in_channels": channels.pop(),
+            "num_classes": cfg.MODEL.LSNET.NUM_CLASSES,
+            "branches": branches,
+            "tower_conv": cfg.MODEL.LSNET.TOWER_CONV,
+            "num_convs": cfg.MODEL.LSNET.NUM_CONVS,
+            "prior_prob": cfg.MODEL.LSNET.PRIOR_PROB,
+            "reference_offsets": cfg.MODEL.LSNET.REFERENCE_OFFSETS,
+            "offset_gradient_mul": cfg.MODEL.LSNET.OFFSET_GRADIENT_MUL,
+        }
+
+    def forward(self, features: list[Tensor]) -> HeadOutput:
+        """Per-level features (B, C, H, W), finest first."""
+        sizes = [tuple(feature.shape[-2:]) for feature in features]
+        init, refine = [], []
+        for layers in self.branches.values():
+            branch_features = layers.tower(features)
+            vectors, points = layers.initial(branch_features)
+            points = points.detach().lerp(points, self.offset_gradient_mul)
+            grid = PyramidGrid(points, sizes, reference_offsets=self.reference_offsets)
+            init.append(vectors)
+            refine.append(layers.refined(branch_features, grid, vectors))
+        logits = self.cls_predictor(self.cls_tower(features), grid)
+        return HeadOutput(logits=logits, init=init, refine=refine, sizes=sizes)

@@ -1,0 +1,346 @@
+"""The LSNet meta-architecture (arXiv 2104.04899)."""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from detectron2.config import configurable
+from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.structures import ImageList, Instances
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+from fvcore.nn import sigmoid_focal_loss
+from torch import Tensor, nn
+
+from .assigners import assign_atss, assign_nearest
+from .head import HeadOutput, LSNetHead
+from .landmarks import LandmarkBranch, LandmarkTargets, build_branches
+from .points import AnchorPoints, make_anchor_points, points_in_boxes
+from .postprocessing import make_instances, rescale_instances, select_detections, top_points
+
+__all__ = ["LSNet"]
+
+# The landmark losses are computed in units of this many cells (released code: point_base_scale).
+_BASE_SCALE = 4
+
+
+@META_ARCH_REGISTRY.register()
+class LSNet(DenseDetector):
+    """Anchor points with landmark vectors; which landmarks is the branches' business.
+
+    Inputs and outputs are those of Detectron2's detectors. Training reads ``gt_boxes``,
+    ``gt_classes`` and the branches' fields of ``instances``, and ``ignore_boxes`` of the input
+    dict: regions that are neither object nor background. Inference returns ``pred_boxes``,
+    ``scores``, ``pred_classes`` and the branches' fields.
+
+    Letters: B images, A anchor points of all levels together, G objects, K classes, N positives.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: nn.Module,
+        head: LSNetHead,
+        head_in_features: list[str],
+        branches: list[LandmarkBranch],
+        num_classes: int,
+        init_loss_weights: list[float],
+        refine_loss_weights: list[float],
+        cls_loss_weight: float = 1.0,
+        focal_loss_alpha: float = 0.25,
+        focal_loss_gamma: float = 2.0,
+        atss_topk: int = 9,
+        ignore_crowd: bool = True,
+        test_score_thresh: float = 0.05,
+        test_topk_candidates: int = 1000,
+        test_nms_thresh: float = 0.6,
+        max_detections_per_image: int = 100,
+        pixel_mean: list[float],
+        pixel_std: list[float],
+        input_format: str = "RGB",
+    ) -> None:
+        """
+        Args:
+            backbone, head_in_features, pixel_mean, pixel_std: see :class:`DenseDetector`.
+            head: predicts vectors for the same branches.
+            branches: the first one supplies the boxes of assignment and NMS.
+            init_loss_weights, refine_loss_weights: one for each branch.
+            ignore_crowd: leave points inside ``ignore_boxes`` out of the classification loss.
+            test_topk_candidates: points kept per level before NMS.
+            input_format: channel order of the images, for visualisation.
+        """
+        super().__init__(
+            backbone, head, head_in_features, pixel_mean=pixel_mean, pixel_std=pixel_std
+        )
+        for key, weights in (("INIT", init_loss_weights), ("REFINE", refine_loss_weights)):
+            if len(weights) != len(branches):
+                raise ValueError(
+                    f"MODEL.LSNET.{key}_LOSS_WEIGHTS is {list(weights)}; it must have one value "
+                    f"for each of the branches {[b.name for b in branches]}"
+                )
+        shapes = backbone.output_shape()
+        self.strides = [shapes[name].stride for name in head_in_features]
+        self.branches = branches
+        self.num_classes = num_classes
+        self.init_loss_weights = init_loss_weights
+        self.refine_loss_weights = refine_loss_weights
+        self.cls_loss_weight = cls_loss_weight
+        self.focal_loss_alpha = focal_loss_alpha
+        self.focal_loss_gamma = focal_loss_gamma
+        self.atss_topk = atss_topk
+        self.ignore_crowd = ignore_crowd
+        self.test_score_thresh = test_score_thresh
+        self.test_topk_candidates = test_topk_candidates
+        self.test_nms_thresh = test_nms_thresh
+        self.max_detections_per_image = max_detections_per_image
+        self.input_format = input_format
+
+    @classmethod
+    def from_config(cls, cfg) -> dict:
+        backbone = build_backbone(cfg)
+        shapes = backbone.output_shape()
+        in_features = cfg.MODEL.LSNET.IN_FEATURES
+        branches = build_branches(cfg)
+        return {
+            "backbone": backbone,
+            "head": LSNetHead(cfg, [shapes[name] for name in in_features], branches),
+            "head_in_features": in_features,
+            "branches": branches,
+            "num_classes": cfg.MODEL.LSNET.NUM_CLASSES,
+            "init_loss_weights": cfg.MODEL.LSNET.INIT_LOSS_WEIGHTS,
+            "refine_loss_weights": cfg.MODEL.LSNET.REFINE_LOSS_WEIGHTS,
+            "cls_loss_weight": cfg.MODEL.LSNET.CLS_LOSS_WEIGHT,
+            "focal_loss_alpha": cfg.MODEL.LSNET.FOCAL_LOSS_ALPHA,
+            "focal_loss_gamma": cfg.MODEL.LSNET.FOCAL_LOSS_GAMMA,
+            "atss_topk": cfg.MODEL.LSNET.ATSS_TOPK,
+            "ignore_crowd": cfg.MODEL.LSNET.IGNORE_CROWD,
+            "test_score_thresh": cfg.MODEL.LSNET.SCORE_THRESH_TEST,
+            "test_topk_candidates": cfg.MODEL.LSNET.TOPK_CANDIDATES_TEST,
+            "test_nms_thresh": cfg.MODEL.LSNET.NMS_THRESH_TEST,
+            "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "input_format": cfg.INPUT.FORMAT,
+        }
+
+    def forward(self, batched_inputs: list[dict]):
+        """See :class:`DenseDetector`."""
+        images = self.preprocess_image(batched_inputs)
+        features = self.backbone(images.tensor)
+        predictions = self.head([features[name] for name in self.head_in_features])
+        points = make_anchor_points(predictions.sizes, self.strides, images.device)
+        if self.training:
+            return self.losses(points, predictions, images.image_sizes, batched_inputs)
+        results = self.inference(points, predictions, images)
+        return [
+            {
+                "instances": rescale_instances(
+                    result,
+                    inputs.get("height", result.image_size[0]),
+                    inputs.get("width", result.image_size[1]),
+                    self.branches,
+                )
+            }
+            for inputs, result in zip(batched_inputs, results, strict=True)
+        ]
+
+    # ------------------------------------------------------------------ training
+
+    def losses(
+        self,
+        points: AnchorPoints,
+        predictions: HeadOutput,
+        image_sizes: list[tuple[int, int]],
+        batched_inputs: list[dict],
+    ) -> dict[str, Tensor]:
+        """Losses by name, each a scalar with its weight."""
+        instances = [inputs["instances"].to(self.device) for inputs in batched_inputs]
+        targets = [[branch.targets(x) for x in instances] for branch in self.branches]
+        gt_classes = [x.gt_classes for x in instances]
+        valid = torch.stack([self.valid_points(points, size) for size in image_sizes])
+        ignored = torch.stack([self.ignored_points(points, inputs) for inputs in batched_inputs])
+
+        init, refine = self.assign(points, predictions, targets[0], valid)
+        init_normalizer, refine_normalizer = self.normalizers(init, refine)
+
+        losses = {
+            "loss_cls": self.classification_loss(
+                predictions.logits, refine, gt_classes, valid & ~((refine < 0) & ignored)
+            )
+            / refine_normalizer
+        }
+        for i, branch in enumerate(self.branches):
+            for stage, vectors, assigned, weight, normalizer in (
+                ("init", predictions.init, init, self.init_loss_weights, init_normalizer),
+                ("refine", predictions.refine, refine, self.refine_loss_weights, refine_normalizer),
+            ):
+                loss = self.landmark_loss(branch, points, vectors[i], assigned, targets[i])
+                losses[f"loss_{branch.name}_{stage}"] = weight[i] * loss / normalizer
+        return losses
+
+    def valid_points(self, points: AnchorPoints, image_size: tuple[int, int]) -> Tensor:
+        """(A,) bool: points on the image and on its own padding, not on that of the batch."""
+        divisor = max(self.backbone.size_divisibility, 1)
+        padded = [-(-side // divisor) * divisor for side in image_size]
+        # A level of stride s has ceil(side / s) rows or columns of the image, the last of which
+        # begins before its end.
+        height, width = padded
+        return (points.xy[:, 0] < width) & (points.xy[:, 1] < height)
+
+    def ignored_points(self, points: AnchorPoints, inputs: dict) -> Tensor:
+        """(A,) bool: points inside regions that are neither object nor background."""
+        regions = inputs.get("ignore_boxes") if self.ignore_crowd else None
+        if regions is None:
+            return torch.zeros(len(points.xy), dtype=torch.bool, device=points.xy.device)
+        return points_in_boxes(points.xy, regions.to(points.xy))
+
+    @torch.no_grad()
+    def assign(
+        self,
+        points: AnchorPoints,
+        predictions: HeadOutput,
+        targets: list[LandmarkTargets],
+        valid: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Objects of the anchor points in the init and in the refine stage.
+
+        Returns:
+            Two tensors (B, A): index of the object within its image, or -1.
+        """
+        branch = self.branches[0]
+        boxes = branch.boxes(branch.decode(predictions.init[0], points.xy, points.strides))
+        per_level = points.per_level
+        init, refine = [], []
+        for image, target in enumerate(targets):
+            init.append(
+                assign_nearest(
+                    points.xy,
+                    self.strides,
+                    per_level,
+                    target.boxes,
+                    valid=valid[image],
+                    base_scale=_BASE_SCALE,
+                )
+            )
+            assignment, _ = assign_atss(
+                boxes[image], per_level, target.boxes, valid=valid[image], topk=self.atss_topk
+            )
+            refine.append(assignment)
+        return torch.stack(init), torch.stack(refine)
+
+    def normalizers(self, init: Tensor, refine: Tensor) -> tuple[Tensor, Tensor]:
+        """Positives of each stage, at least one an image, averaged over workers."""
+        positives = torch.stack([(init >= 0).sum(1), (refine >= 0).sum(1)]).float()
+        storage = get_event_storage()
+        storage.put_scalar("lsnet/num_pos_init", positives[0].mean().item())
+        storage.put_scalar("lsnet/num_pos_refine", positives[1].mean().item())
+        totals = positives.clamp(min=1).sum(dim=1)
+        if comm.get_world_size() > 1:
+            dist.all_reduce(totals)
+            totals /= comm.get_world_size()
+        return totals[0], totals[1]
+
+    def classification_loss(
+        self, logits: Tensor, assigned: Tensor, gt_classes: list[Tensor], counted: Tensor
+    ) -> Tensor:
+        """Focal loss, summed over all counted points.
+
+        Args:
+            logits: (B, A, K).
+            assigned: (B, A).
+            gt_classes: per image (G,).
+            counted: (B, A) bool.
+        """
+        labels = torch.full_like(assigned, self.num_classes)
+        for image, classes in enumerate(gt_classes):
+            positive = assigned[image] >= 0
+            labels[image, positive] = classes[assigned[image, positive]]
+        labels = F.one_hot(labels[counted], self.num_classes + 1)[:, :-1]
+        loss = sigmoid_focal_loss(
+            logits[counted].float(),
+            labels.float(),
+            alpha=self.focal_loss_alpha,
+            gamma=self.focal_loss_gamma,
+            reduction="sum",
+        )
+        return self.cls_loss_weight * loss
+
+    def landmark_loss(
+        self,
+        branch: LandmarkBranch,
+        points: AnchorPoints,
+        vectors: Tensor,
+        assigned: Tensor,
+        targets: list[LandmarkTargets],
+    ) -> Tensor:
+        """Loss of a branch, summed over positive points.
+
+        Args:
+            vectors: (B, A, V + 1, 4) in cells.
+            assigned: (B, A).
+            targets: per image.
+        """
+        image, point = torch.nonzero(assigned >= 0, as_tuple=True)
+        if len(image) == 0:
+            return vectors.sum() * 0  # keeps the graph: all workers have the same parameters
+        counts = torch.tensor([len(t.boxes) for t in targets], device=assigned.device)
+        first = counts.cumsum(0) - counts
+        target = LandmarkTargets.cat(targets)[first[image] + assigned[image, point]]
+        stride = points.strides[point]
+        loss = branch.loss(
+            vectors[image, point].float() * stride[:, None, None],
+            target,
+            points.xy[point],
+            _BASE_SCALE * stride,
+        )
+        return loss.sum()
+
+    # ------------------------------------------------------------------ inference
+
+    def inference(
+        self, points: AnchorPoints, predictions: HeadOutput, images: ImageList
+    ) -> list[Instances]:
+        """Detections of each image, in pixels of the network's input."""
+        scores = predictions.logits.float().sigmoid()
+        return [
+            self.inference_single_image(
+                points,
+                scores[image],
+                [vectors[image].float() for vectors in predictions.refine],
+                size,
+            )
+            for image, size in enumerate(images.image_sizes)
+        ]
+
+    def inference_single_image(
+        self,
+        points: AnchorPoints,
+        scores: Tensor,
+        vectors: list[Tensor],
+        image_size: tuple[int, int],
+    ) -> Instances:
+        """
+        Args:
+            scores: (A, K).
+            vectors: per branch (A, V + 1, 4) in cells.
+            image_size: (height, width).
+        """
+        kept = top_points(scores, points.per_level, self.test_topk_candidates)
+        landmarks = [
+            branch.decode(v[kept], points.xy[kept], points.strides[kept])
+            for branch, v in zip(self.branches, vectors, strict=True)
+        ]
+        boxes = self.branches[0].boxes(landmarks[0])
+        height, width = image_size
+        boxes = torch.minimum(boxes.clamp(min=0), boxes.new_tensor([width, height, width, height]))
+        point, classes, scores = select_detections(
+            boxes,
+            scores[kept],
+            score_thresh=self.test_score_thresh,
+            nms_thresh=self.test_nms_thresh,
+            max_detections=self.max_detections_per_image,
+        )
+        return make_instances(
+            image_size, boxes[point], scores, classes, self.branches, [x[point] for x in landmarks]
+        )

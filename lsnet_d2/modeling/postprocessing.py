@@ -1,0 +1,90 @@
+"""From dense predictions to detections.
+
+Letters: A anchor points of one image, K classes, V landmarks.
+"""
+
+import torch
+from detectron2.layers import batched_nms
+from detectron2.modeling.postprocessing import detector_postprocess
+from detectron2.structures import Boxes, Instances
+from torch import Tensor
+
+from .landmarks import LandmarkBranch
+
+
+def top_points(scores: Tensor, points_per_level: list[int], topk: int) -> Tensor:
+    """Indices of the ``topk`` points of each level with the highest score of any class.
+
+    Args:
+        scores: (A, K).
+        points_per_level: they add up to A.
+    """
+    best = scores.amax(dim=1)
+    start, kept = 0, []
+    for count in points_per_level:
+        if count > topk:
+            kept.append(best[start : start + count].topk(topk).indices + start)
+        else:
+            kept.append(torch.arange(start, start + count, device=scores.device))
+        start += count
+    return torch.cat(kept)
+
+
+def select_detections(
+    boxes: Tensor,
+    scores: Tensor,
+    *,
+    score_thresh: float,
+    nms_thresh: float,
+    max_detections: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per-class NMS over all (point, class) pairs above a threshold.
+
+    Args:
+        boxes: (A, 4) XYXY; inverted ones take part, as in the released code.
+        scores: (A, K).
+
+    Returns:
+        point (D,), class (D,) and score (D,) of the detections, best first.
+    """
+    points, classes = torch.nonzero(scores > score_thresh, as_tuple=True)
+    scores = scores[points, classes]
+    keep = batched_nms(boxes[points], scores, classes, nms_thresh)[:max_detections]
+    return points[keep], classes[keep], scores[keep]
+
+
+def make_instances(
+    image_size: tuple[int, int],
+    boxes: Tensor,
+    scores: Tensor,
+    classes: Tensor,
+    branches: list[LandmarkBranch],
+    landmarks: list[Tensor],
+) -> Instances:
+    """Detections of one image in pixels of the network's input, clipped to ``image_size``.
+
+    Args:
+        image_size: (height, width).
+        boxes: (D, 4) XYXY.
+        scores, classes: (D,).
+        landmarks: per branch (D, V, 2).
+    """
+    instances = Instances(image_size)
+    instances.pred_boxes = Boxes(boxes)
+    instances.pred_boxes.clip(image_size)
+    instances.scores = scores
+    instances.pred_classes = classes
+    for branch, points in zip(branches, landmarks, strict=True):
+        branch.add_predictions(instances, points)
+    return instances
+
+
+def rescale_instances(
+    instances: Instances, height: int, width: int, branches: list[LandmarkBranch]
+) -> Instances:
+    """Detections in pixels of an image of another size; detections with empty boxes are dropped."""
+    scale = (width / instances.image_size[1], height / instances.image_size[0])
+    results = detector_postprocess(instances, height, width)
+    for branch in branches:
+        branch.rescale_predictions(results, scale)
+    return results

@@ -1,0 +1,64 @@
+"""A small LSNet on random features, for tests that need a whole model in milliseconds."""
+
+import torch
+from detectron2.config import get_cfg
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_model
+from detectron2.structures import Boxes, Instances
+from torch import nn
+
+from lsnet_d2 import add_lsnet_config
+
+
+@BACKBONE_REGISTRY.register()
+class TinyPyramid(Backbone):
+    """Five maps with strides 8 to 128 and 64 channels, each from the one before."""
+
+    def __init__(self, cfg, input_shape):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 64, 8, stride=8)
+        self.down = nn.ModuleList(nn.Conv2d(64, 64, 3, stride=2, padding=1) for _ in range(4))
+
+    def forward(self, image):
+        features = {"p3": self.stem(image).relu()}
+        for level, conv in enumerate(self.down, start=4):
+            features[f"p{level}"] = conv(features[f"p{level - 1}"]).relu()
+        return features
+
+    def output_shape(self):
+        return {f"p{i}": ShapeSpec(channels=64, stride=2**i) for i in range(3, 8)}
+
+    @property
+    def size_divisibility(self):
+        return 32
+
+
+def tiny_cfg(**lsnet):
+    cfg = get_cfg()
+    add_lsnet_config(cfg)
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.META_ARCHITECTURE = "LSNet"
+    cfg.MODEL.BACKBONE.NAME = "TinyPyramid"
+    cfg.MODEL.LSNET.NUM_CLASSES = 3
+    for key, value in lsnet.items():
+        cfg.MODEL.LSNET[key] = value
+    return cfg
+
+
+def tiny_model(seed=0, **lsnet):
+    torch.manual_seed(seed)
+    return build_model(tiny_cfg(**lsnet))
+
+
+def make_input(boxes, classes, size=(96, 128), seed=0):
+    """A random image with objects whose extreme points are the middles of their boxes' sides."""
+    generator = torch.Generator().manual_seed(seed)
+    boxes = torch.tensor(boxes, dtype=torch.float32).view(-1, 4)
+    x1, y1, x2, y2 = boxes.unbind(1)
+    x, y = (x1 + x2) / 2, (y1 + y2) / 2
+    instances = Instances(size)
+    instances.gt_boxes = Boxes(boxes)
+    instances.gt_classes = torch.tensor(classes, dtype=torch.int64)
+    instances.gt_extreme_points = torch.stack([x, y1, x1, y, x, y2, x2, y], dim=1).view(-1, 4, 2)
+    image = torch.randint(256, (3, *size), generator=generator, dtype=torch.uint8)
+    return {"image": image, "instances": instances, "height": size[0], "width": size[1]}
