@@ -1,0 +1,136 @@
+"""Checkpoints of the released LSNet code (mmdetection 2) under our names."""
+
+import logging
+import re
+from collections.abc import Mapping
+
+from detectron2.config import CfgNode
+from torch import Tensor
+
+from .modeling.landmarks import build_branches
+
+logger = logging.getLogger(__name__)
+
+# Applied in order, each at most once to a key; what no rule renames is refused.
+_TOWER_RULES = [
+    (r"\.conv\.(weight|bias|conv_offset\.)", r".0.\1"),
+    (r"\.(?:bn|gn)\.", r".1."),
+]
+_HEAD_RULES = [
+    (r"^bbox_head\.cls_convs\.", r"head.cls_tower."),
+    (r"^bbox_head\.(\w+)_convs\.", r"head.branches.\1.tower."),
+    (r"^bbox_head\.pts_cls_conv\.", r"head.cls_predictor.sample."),
+    (r"^bbox_head\.pts_cls_out\.", r"head.cls_predictor.out."),
+    (r"^bbox_head\.cls_af_dcn_conv\.0\.", r"head.cls_predictor.fuse."),
+    (r"^bbox_head\.cls_feat_conv\.", r"head.cls_predictor.local."),
+    (r"^bbox_head\.cls_GN\.", r"head.cls_predictor.norm."),
+    (r"^bbox_head\.pts_(\w+)_init_(conv|out)\.", r"head.branches.\1.init_\2."),
+    (r"^bbox_head\.pts_(\w+)_refine_conv\.", r"head.branches.\1.refine.sample."),
+    (r"^bbox_head\.pts_(\w+)_refine_out\.", r"head.branches.\1.refine.out."),
+    (r"^bbox_head\.(\w+)_af_dcn_conv\.0\.", r"head.branches.\1.refine.fuse."),
+    (r"^bbox_head\.(\w+)_feat_conv\.", r"head.branches.\1.refine.local."),
+    (r"^bbox_head\.(\w+)_GN\.", r"head.branches.\1.refine.norm."),
+]
+# Levels count from C3: lateral and output convolutions 0, 1, 2 are P3, P4, P5; then P6, P7.
+_NECK_RULES = [
+    *[(rf"^neck\.lateral_convs\.{i}\.", rf"backbone.fpn_lateral{i + 3}.") for i in range(3)],
+    *[(rf"^neck\.fpn_convs\.{i}\.", rf"backbone.fpn_output{i + 3}.") for i in range(3)],
+    *[(rf"^neck\.fpn_convs\.{i}\.", rf"backbone.top_block.p{i + 3}.") for i in (3, 4)],
+]
+_RESNET_RULES = [
+    (r"^backbone\.conv1\.", r"backbone.bottom_up.stem.conv1."),
+    (r"^backbone\.bn1\.", r"backbone.bottom_up.stem.conv1.norm."),
+    *[(rf"^backbone\.layer{i}\.", rf"backbone.bottom_up.res{i + 1}.") for i in range(1, 5)],
+]
+_BLOCK_RULES = [
+    (r"\.bn(\d)\.", r".conv\1.norm."),
+    (r"\.downsample\.0\.", r".shortcut."),
+    (r"\.downsample\.1\.", r".shortcut.norm."),
+]
+
+
+def is_released_checkpoint(state_dict: Mapping[str, Tensor]) -> bool:
+    """Whether the names are those of the released code."""
+    return any(key.startswith("bbox_head.") for key in state_dict)
+
+
+def convert_lsnet_checkpoint(state_dict: Mapping[str, Tensor], cfg: CfgNode) -> dict[str, Tensor]:
+    """Rename the weights of a released LSNet for the model that ``cfg`` describes.
+
+    Args:
+        state_dict: the ``state_dict`` of a checkpoint of the released code. Not modified.
+        cfg: config with ``add_lsnet_config``; its task, number of classes and
+            ``MODEL.LSNET.REFERENCE_OFFSETS`` must fit the checkpoint.
+
+    Returns:
+        Weights by our names; the tensors are shared with the input.
+
+    Raises:
+        ValueError: the checkpoint is of another task or number of classes, or holds a key that has
+            no counterpart here; the message names it.
+    """
+    converted: dict[str, Tensor] = {}
+    refused = []
+    for key, value in state_dict.items():
+        if key.endswith(".num_batches_tracked"):
+            continue  # the statistics are fixed
+        name = rename_released_key(key)
+        if name is None:
+            refused.append(key)
+        else:
+            converted[name] = value
+    if refused:
+        raise ValueError(
+            f"{len(refused)} keys of the checkpoint have no counterpart: {_some(refused)}"
+        )
+    _check_task(converted, cfg)
+    if not cfg.MODEL.LSNET.REFERENCE_OFFSETS:
+        logger.warning(
+            "Weights of the released code were trained with accumulated offset scales: set "
+            "MODEL.LSNET.REFERENCE_OFFSETS True to get their results."
+        )
+    return converted
+
+
+def rename_released_key(key: str) -> str | None:
+    """Our name of a weight of the released code, or None where there is none."""
+    if key.startswith("neck."):
+        name = _first_match(key, _NECK_RULES)
+        return name and re.sub(r"\.conv\.", ".", name).replace(".gn.", ".norm.")
+    if key.startswith("backbone."):
+        name = _first_match(key, _RESNET_RULES)
+        return name and (_first_match(name, _BLOCK_RULES) or name)
+    name = _first_match(key, _HEAD_RULES)
+    if name and ".tower." in name.replace("cls_tower.", "tower."):
+        for pattern, replacement in _TOWER_RULES:
+            name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _first_match(key: str, rules: list[tuple[str, str]]) -> str | None:
+    for pattern, replacement in rules:
+        renamed, count = re.subn(pattern, replacement, key, count=1)
+        if count:
+            return renamed
+    return None
+
+
+def _check_task(converted: dict[str, Tensor], cfg: CfgNode) -> None:
+    expected = {branch.name for branch in build_branches(cfg)}
+    found = {key.split(".")[2] for key in converted if key.startswith("head.branches.")}
+    if found != expected:
+        raise ValueError(
+            f"the checkpoint has the landmark branches {sorted(found)}, but MODEL.LSNET.TASK "
+            f"{cfg.MODEL.LSNET.TASK!r} needs {sorted(expected)}"
+        )
+    num_classes = len(converted["head.cls_predictor.out.bias"])
+    if num_classes != cfg.MODEL.LSNET.NUM_CLASSES:
+        raise ValueError(
+            f"the checkpoint has {num_classes} classes, but MODEL.LSNET.NUM_CLASSES is "
+            f"{cfg.MODEL.LSNET.NUM_CLASSES}"
+        )
+
+
+def _some(names: list[str], limit: int = 5) -> str:
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown}, ..."
