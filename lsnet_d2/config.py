@@ -61,17 +61,12 @@ def add_lsnet_config(cfg: CN) -> None:
     cfg.MODEL.LSNET.TOPK_CANDIDATES_TEST = 1000
     cfg.MODEL.LSNET.NMS_THRESH_TEST = 0.6
 
-    # Batch-norm of the ResNets: "fixed" keeps the statistics and trains weight and bias, as in the
-    # released code; any other value is given to Detectron2 as MODEL.RESNETS.NORM.
-    cfg.MODEL.RESNETS.BATCH_NORM_STATISTICS = "fixed"
-
-    # EfficientNet-Lite backbone.
+    # EfficientNet-Lite0; MODEL.BACKBONE.FREEZE_AT holds too (1: the stem, n: n - 1 stages more).
     cfg.MODEL.EFFICIENTNET = CN()
     cfg.MODEL.EFFICIENTNET.OUT_FEATURES = ["stride8", "stride16", "stride32"]
-    # 0: train all; 1: stem fixed; 2: stem and the first stage fixed; and so on.
-    cfg.MODEL.EFFICIENTNET.FREEZE_AT = 0
-    # Batch-norm statistics: "fixed" (ImageNet's, weight and bias are trained) or "batch".
-    cfg.MODEL.EFFICIENTNET.BATCH_NORM_STATISTICS = "fixed"
+    # "FixedBN": statistics fixed, weight and bias trained, as in the released code; or a norm of
+    # Detectron2's. MODEL.RESNETS.NORM may be "FixedBN" too.
+    cfg.MODEL.EFFICIENTNET.NORM = "FixedBN"
 
     # Where the mapper takes extreme points from: "segmentation" derives them from the augmented
     # mask, "annotation" reads the key "extreme_points" written by tools/gen_coco_lsvr.py.

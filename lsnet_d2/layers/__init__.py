@@ -1,4 +1,11 @@
+from .batch_norm import FixedBatchNorm2d
 from .deform_conv import ModulatedDeformConv, sampled_conv
 from .pyramid_sampling import PyramidDeformConv, PyramidGrid
 
-__all__ = ["ModulatedDeformConv", "PyramidDeformConv", "PyramidGrid", "sampled_conv"]
+__all__ = [
+    "FixedBatchNorm2d",
+    "ModulatedDeformConv",
+    "PyramidDeformConv",
+    "PyramidGrid",
+    "sampled_conv",
+]

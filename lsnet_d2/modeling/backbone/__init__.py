@@ -1,0 +1,16 @@
+from .efficientnet import EfficientNetLite0, build_efficientnet_lite0_backbone
+from .fpn import (
+    LastLevelP6P7Norm,
+    build_lsnet_efficientnet_lite0_fpn_backbone,
+    build_lsnet_resnet_fpn_backbone,
+)
+from .resnet import build_lsnet_resnet_backbone
+
+__all__ = [
+    "EfficientNetLite0",
+    "LastLevelP6P7Norm",
+    "build_efficientnet_lite0_backbone",
+    "build_lsnet_efficientnet_lite0_fpn_backbone",
+    "build_lsnet_resnet_backbone",
+    "build_lsnet_resnet_fpn_backbone",
+]
