@@ -4,5 +4,7 @@ Importing this package registers the meta-architecture, the backbones and the ``
 """
 
 from .config import add_lsnet_config
+from .data import builtin  # registers the data set
+from .modeling import LSNet
 
-__all__ = ["add_lsnet_config"]
+__all__ = ["LSNet", "add_lsnet_config", "builtin"]

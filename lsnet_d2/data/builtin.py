@@ -1,0 +1,62 @@
+"""Registers ``shapes_train`` and ``shapes_val`` in Detectron2's catalogs.
+
+The files are made when ``DatasetCatalog.get`` first asks for one of the two, not at import.
+"""
+
+import os
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
+
+from .shapes import SPLITS, ensure_shapes, shapes_paths
+from .shapes_objects import (
+    CLASS_NAMES,
+    KEYPOINT_CONNECTION_RULES,
+    KEYPOINT_FLIP_MAP,
+    KEYPOINT_NAMES,
+    KEYPOINT_OKS_SIGMAS,
+)
+
+
+def register_shapes(
+    root: str | os.PathLike | None = None, *, prefix: str = "shapes", **parameters: int
+) -> None:
+    """Register ``<prefix>_train`` and ``<prefix>_val``; names that are registered stay as they are.
+
+    Args:
+        root: as in :func:`lsnet_d2.data.shapes.ensure_shapes`. Like D2's own data sets it is
+            settled now: a later change of ``$DETECTRON2_DATASETS`` has no effect.
+        prefix: of the two names.
+        parameters: ``num_train``, ``num_val``, ``size``, ``seed`` of ``ensure_shapes``.
+
+    Examples:
+        >>> register_shapes("datasets/large", prefix="large_shapes", size=320)
+    """
+    root = os.path.abspath(
+        os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets") if root is None else root)
+    )
+    for split in SPLITS:
+        name = f"{prefix}_{split}"
+        if name in DatasetCatalog.list():
+            continue
+        paths = shapes_paths(root)[split]
+
+        def load(name: str = name, split: str = split) -> list[dict]:
+            json_file, image_root = ensure_shapes(root, **parameters)[split]
+            return load_coco_json(json_file, image_root, name)
+
+        DatasetCatalog.register(name, load)
+        MetadataCatalog.get(name).set(
+            json_file=paths.json_file,
+            image_root=paths.image_root,
+            evaluator_type="coco",
+            thing_classes=list(CLASS_NAMES),
+            thing_dataset_id_to_contiguous_id={i + 1: i for i in range(len(CLASS_NAMES))},
+            keypoint_names=list(KEYPOINT_NAMES),
+            keypoint_flip_map=list(KEYPOINT_FLIP_MAP),
+            keypoint_connection_rules=list(KEYPOINT_CONNECTION_RULES),
+            keypoint_oks_sigmas=list(KEYPOINT_OKS_SIGMAS),
+        )
+
+
+register_shapes()

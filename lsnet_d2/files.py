@@ -1,0 +1,42 @@
+"""Files that appear under their names only when they are complete."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+PARTIAL_SUFFIX = ".partial"
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
+    """Open a file for writing; it takes its place when the block ends without an error.
+
+    The data goes to ``.{name}.partial`` in the same folder, is flushed to the disk, and replaces
+    ``path`` in one step. Whoever reads ``path`` sees the old content or the new one. After an
+    error, or a kill, the old content stays.
+
+    Args:
+        path: a local file; its folder must exist.
+        mode: "wb" or "w" (UTF-8).
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
+    try:
+        with open(partial, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def remove_partial_files(folder: str | os.PathLike) -> list[str]:
+    """Remove what killed writers left in ``folder``; returns the names."""
+    leftovers = sorted(Path(folder).glob(f".*{PARTIAL_SUFFIX}"))
+    for file in leftovers:
+        file.unlink(missing_ok=True)
+    return [file.name for file in leftovers]
