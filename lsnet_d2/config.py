@@ -71,3 +71,7 @@ def add_lsnet_config(cfg: CN) -> None:
     # Where the mapper takes extreme points from: "segmentation" derives them from the augmented
     # mask, "annotation" reads the key "extreme_points" written by tools/gen_coco_lsvr.py.
     cfg.INPUT.EXTREME_POINTS = "segmentation"
+
+    # What to do about training annotations whose box is malformed, empty or outside its image:
+    # "error" stops and names them, "drop" leaves them out and logs their number.
+    cfg.DATASETS.INVALID_ANNOTATIONS = "error"

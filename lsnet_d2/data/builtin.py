@@ -1,13 +1,15 @@
-"""Registers ``shapes_train`` and ``shapes_val`` in Detectron2's catalogs.
+"""Registers ``shapes_train``, ``shapes_val`` and the user's folders in Detectron2's catalogs.
 
-The files are made when ``DatasetCatalog.get`` first asks for one of the two, not at import.
+Nothing is read or made at import: that happens when ``DatasetCatalog.get`` asks for a data set.
 """
 
 import os
+from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
+from .coco_json import register_lsnet_instances
 from .shapes import SPLITS, ensure_shapes, shapes_paths
 from .shapes_objects import (
     CLASS_NAMES,
@@ -16,6 +18,34 @@ from .shapes_objects import (
     KEYPOINT_NAMES,
     KEYPOINT_OKS_SIGMAS,
 )
+
+
+def _data_folder(root: str | os.PathLike | None) -> str:
+    root = os.getenv("DETECTRON2_DATASETS", "datasets") if root is None else root
+    return os.path.abspath(os.path.expanduser(root))
+
+
+def register_folders(root: str | os.PathLike | None = None) -> list[str]:
+    """Register every data set that lies in COCO's layout below a folder.
+
+    ``{name}/annotations/instances_{split}.json`` with images in ``{name}/{split}/`` becomes
+    ``{name}_{split}``. Names that are registered stay as they are.
+
+    Args:
+        root: the folder; None: ``$DETECTRON2_DATASETS``, or "datasets".
+
+    Returns:
+        The names that were new.
+    """
+    names = []
+    for json_file in sorted(Path(_data_folder(root)).glob("*/annotations/instances_*.json")):
+        split = json_file.stem.removeprefix("instances_")
+        images = json_file.parents[1] / split
+        name = f"{json_file.parents[1].name}_{split}"
+        if images.is_dir() and name not in DatasetCatalog.list():
+            register_lsnet_instances(name, json_file, images)
+            names.append(name)
+    return names
 
 
 def register_shapes(
@@ -32,9 +62,7 @@ def register_shapes(
     Examples:
         >>> register_shapes("datasets/large", prefix="large_shapes", size=320)
     """
-    root = os.path.abspath(
-        os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets") if root is None else root)
-    )
+    root = _data_folder(root)
     for split in SPLITS:
         name = f"{prefix}_{split}"
         if name in DatasetCatalog.list():
@@ -60,3 +88,4 @@ def register_shapes(
 
 
 register_shapes()
+register_folders()

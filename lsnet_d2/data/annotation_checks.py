@@ -1,0 +1,278 @@
+"""Finding annotations that would spoil a training, before it starts."""
+
+import json
+import logging
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from detectron2.data import MetadataCatalog
+from detectron2.structures import BoxMode
+
+from ..errors import UserError
+from .extreme_points import as_extreme_points
+
+logger = logging.getLogger(__name__)
+
+MAX_LISTED = 5  # problems that a message lists
+
+
+class AnnotationError(UserError, ValueError):
+    """Annotations are malformed, or do not fit the images or the config."""
+
+
+def check_dataset_dicts(
+    dataset_dicts: list[dict],
+    *,
+    num_classes: int,
+    dataset_name: str | Sequence[str],
+    num_classes_key: str = "MODEL.LSNET.NUM_CLASSES",
+    on_invalid: str = "error",
+    need_extreme_points: bool = False,
+) -> list[dict]:
+    """Check images and annotations without opening an image: 100,000 images take seconds.
+
+    Errors are: a number of classes other than the config's; a missing image file; a class out of
+    range; a box that is not four finite numbers, has no width or height, or lies outside its image
+    (boxes that reach over the border are common, and are clipped later); malformed extreme points.
+
+    Args:
+        dataset_dicts: in Detectron2's format; nothing is written into them.
+        num_classes: of the config.
+        dataset_name: name or names of the data sets that the dicts come from.
+        num_classes_key: the config's key of ``num_classes``, for the message.
+        on_invalid: what to do about annotations with an invalid box: "error", or "drop" them and
+            log how many there are. The COCO 2017 training set has a few without a height.
+        need_extreme_points: objects with a segmentation must have the key "extreme_points" too.
+
+    Returns:
+        The input, or with "drop" a list in which images with invalid boxes are replaced by copies
+        without these annotations.
+
+    Raises:
+        AnnotationError: says what is wrong, names the first few places and counts all.
+        ValueError: ``on_invalid`` is neither of the two.
+    """
+    if on_invalid not in ("error", "drop"):
+        raise ValueError(f"on_invalid must be 'error' or 'drop', not {on_invalid!r}")
+    names = [dataset_name] if isinstance(dataset_name, str) else list(dataset_name)
+    _check_class_count(names, num_classes, num_classes_key)
+    where = _where(names)
+    raise_problems(where, _missing_images(dataset_dicts))
+
+    places = [
+        (image, index)
+        for image, record in enumerate(dataset_dicts)
+        for index in range(len(record.get("annotations", ())))
+    ]
+    annotations = [a for record in dataset_dicts for a in record.get("annotations", ())]
+    invalid_boxes = dict(_box_problems(dataset_dicts, places, annotations))
+    if invalid_boxes and on_invalid == "drop":
+        logger.warning("%s: %d annotations with invalid boxes dropped", where, len(invalid_boxes))
+        dataset_dicts = _without(dataset_dicts, [places[i] for i in invalid_boxes])
+        return check_dataset_dicts(
+            dataset_dicts,
+            num_classes=num_classes,
+            dataset_name=dataset_name,
+            num_classes_key=num_classes_key,
+            need_extreme_points=need_extreme_points,
+        )
+    problems = dict(invalid_boxes)
+    for index, annotation in enumerate(annotations):
+        text = _annotation_problem(annotation, num_classes, need_extreme_points)
+        if text:
+            problems.setdefault(index, text)
+    if problems:
+        ids = _ids_in_files(names) if any("id" not in annotations[i] for i in problems) else {}
+        raise_problems(
+            where,
+            [
+                f"{name_annotation(dataset_dicts[places[i][0]], places[i][1], ids)}: {problems[i]}"
+                for i in sorted(problems)
+            ],
+            hint="Correct the boxes, or set DATASETS.INVALID_ANNOTATIONS to 'drop'."
+            if invalid_boxes
+            else "",
+        )
+    _log_box_only(where, annotations)
+    return dataset_dicts
+
+
+def name_annotation(record: dict, index: int, ids: dict | None = None) -> str:
+    """The ``index``-th annotation of a dataset dict as messages name it.
+
+    Args:
+        ids: annotation ids by (image id, bbox), for annotations that have lost theirs.
+    """
+    annotation = record["annotations"][index]
+    identity = annotation.get("id")
+    if identity is None and ids:
+        identity = ids.get((record.get("image_id"), _box_key(annotation.get("bbox"))))
+    which = f"annotation number {index}" if identity is None else f"annotation {identity}"
+    return f"{which} of image {record.get('file_name')}"
+
+
+def raise_problems(where: str, problems: Sequence[str], hint: str = "") -> None:
+    """
+    Raises:
+        AnnotationError: there are problems; the message has the first few and their number.
+    """
+    if not problems:
+        return
+    listed = [f"  {problem}" for problem in problems[:MAX_LISTED]]
+    if len(problems) > MAX_LISTED:
+        listed.append(f"  ... and {len(problems) - MAX_LISTED} more")
+    count = "a problem" if len(problems) == 1 else f"{len(problems)} problems"
+    raise AnnotationError("\n".join([f"{where}: {count}:", *listed, *([hint] if hint else [])]))
+
+
+def _where(names: Sequence[str]) -> str:
+    files = [_json_file(name) for name in names]
+    return "data set " + ", ".join(
+        f"{name} ({file})" if file else name for name, file in zip(names, files, strict=True)
+    )
+
+
+def _json_file(name: str) -> str | None:
+    # asking for an unknown name would make an entry
+    return MetadataCatalog.get(name).get("json_file") if name in MetadataCatalog.list() else None
+
+
+def _check_class_count(names: Sequence[str], num_classes: int, key: str) -> None:
+    for name in names:
+        classes = (
+            MetadataCatalog.get(name).get("thing_classes")
+            if name in MetadataCatalog.list()
+            else None
+        )
+        if classes is not None and len(classes) != num_classes:
+            shown = ", ".join(classes[:MAX_LISTED]) + (", ..." if len(classes) > MAX_LISTED else "")
+            raise AnnotationError(
+                f"{_where([name])} has {len(classes)} classes ({shown}), but {key} is {num_classes}"
+            )
+
+
+def _missing_images(dataset_dicts: Iterable[dict]) -> list[str]:
+    """One listing a folder is faster than asking for each file, above all over a network."""
+    by_folder = defaultdict(list)
+    for record in dataset_dicts:
+        if "://" not in record["file_name"]:
+            by_folder[os.path.dirname(record["file_name"])].append(record["file_name"])
+    missing = []
+    for folder, files in by_folder.items():
+        try:
+            present = set(os.listdir(folder or "."))
+        except OSError:
+            missing.append(f"no folder of images {folder}")
+            continue
+        # names may differ in case where the file system does not care
+        missing += [
+            f"no image file {file}"
+            for file in files
+            if os.path.basename(file) not in present and not os.path.exists(file)
+        ]
+    return missing
+
+
+def _box_problems(
+    dataset_dicts: Sequence[dict], places: Sequence[tuple[int, int]], annotations: Sequence[dict]
+) -> Iterable[tuple[int, str]]:
+    """Positions in ``annotations`` and what is wrong with the boxes there."""
+    boxes = np.full((len(annotations), 4), np.nan)
+    rows = [a.get("bbox") for a in annotations]
+    try:
+        boxes[:] = np.array(rows, dtype=np.float64).reshape(len(rows), 4)
+    except (TypeError, ValueError):  # not all are four numbers
+        for index, row in enumerate(rows):
+            try:
+                boxes[index] = np.array(row, dtype=np.float64).reshape(4)
+            except (TypeError, ValueError):
+                continue
+    modes = np.array([int(a.get("bbox_mode", -1)) for a in annotations], dtype=int)
+    boxes[modes == BoxMode.XYWH_ABS, 2:] += boxes[modes == BoxMode.XYWH_ABS, :2]
+    sizes = np.array(
+        [[r.get("width", np.inf), r.get("height", np.inf)] for r in dataset_dicts], dtype=float
+    ).reshape(-1, 2)
+    sizes = sizes[[image for image, _ in places]]
+
+    x0, y0, x1, y1 = boxes.T
+    tests = (
+        (~np.isin(modes, (BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)), "is neither XYWH_ABS nor XYXY_ABS"),
+        (~np.isfinite(boxes).all(axis=1), "is not four finite numbers"),
+        (~((x1 > x0) & (y1 > y0)), "has no width or no height"),
+        (
+            (x0 >= sizes[:, 0]) | (y0 >= sizes[:, 1]) | (x1 <= 0) | (y1 <= 0),
+            "lies outside its image",
+        ),
+    )
+    found: dict[int, str] = {}
+    for failed, text in tests:
+        for index in np.flatnonzero(failed).tolist():
+            shown = f"its box {_plain(rows[index])} {text}"
+            if text.endswith("image"):
+                width, height = sizes[index]
+                shown += f" of {width:g} x {height:g} pixels"
+            found.setdefault(index, shown)
+    return found.items()
+
+
+def _annotation_problem(annotation: dict, num_classes: int, need_extreme_points: bool) -> str:
+    category = annotation.get("category_id")
+    if not isinstance(category, (int, np.integer)) or not 0 <= category < num_classes:
+        return f"its class {category} is not one of 0 to {num_classes - 1}"
+    if "extreme_points" in annotation:
+        try:
+            as_extreme_points(annotation["extreme_points"])
+        except ValueError as error:
+            return str(error)
+    elif need_extreme_points and annotation.get("segmentation") and not _is_region(annotation):
+        return "it has no extreme_points (tools/gen_coco_lsvr.py writes them)"
+    return ""
+
+
+def _is_region(annotation: dict) -> bool:
+    return bool(annotation.get("iscrowd") or annotation.get("ignore"))
+
+
+def _without(dataset_dicts: list[dict], places: Iterable[tuple[int, int]]) -> list[dict]:
+    dropped = defaultdict(set)
+    for image, index in places:
+        dropped[image].add(index)
+    result = list(dataset_dicts)
+    for image, indices in dropped.items():
+        kept = [a for i, a in enumerate(result[image]["annotations"]) if i not in indices]
+        result[image] = {**result[image], "annotations": kept}
+    return result
+
+
+def _log_box_only(where: str, annotations: Iterable[dict]) -> None:
+    objects = [a for a in annotations if not _is_region(a)]
+    count = sum(not a.get("segmentation") and "extreme_points" not in a for a in objects)
+    if count:
+        logger.info(
+            "%s: %d of %d objects have neither segmentation nor extreme points; the middles of "
+            "their boxes' sides are used",
+            where,
+            count,
+            len(objects),
+        )
+
+
+def _ids_in_files(names: Sequence[str]) -> dict:
+    """Annotation ids by image id and box: Detectron2's loader does not keep them."""
+    ids = {}
+    for file in filter(None, map(_json_file, names)):
+        with open(file, encoding="utf-8") as stream:
+            for annotation in json.load(stream).get("annotations", []):
+                key = annotation.get("image_id"), _box_key(annotation.get("bbox"))
+                ids[key] = annotation.get("id")
+    return ids
+
+
+def _box_key(box: Sequence[float] | None) -> str:
+    return str(_plain(box))
+
+
+def _plain(value: object) -> object:
+    return value.tolist() if isinstance(value, np.ndarray) else value

@@ -1,0 +1,267 @@
+"""From a dataset dict to an augmented image with the ground truth of LSNet."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.data import DatasetMapper
+from detectron2.data import detection_utils as utils
+from detectron2.data import transforms as T
+from detectron2.structures import BitMasks, Boxes, BoxMode, Instances, Keypoints, PolygonMasks
+from detectron2.utils.logger import log_first_n
+
+from ..errors import ConfigError
+from .annotation_checks import AnnotationError, name_annotation
+from .extreme_points import as_extreme_points, extreme_points, side_midpoints
+from .images import ImageError, read_image
+from .polygons import bounding_box, decode_rle, segmentation_to_polygons
+from .viewport import Viewport
+
+EXTREME_POINT_SOURCES = ("segmentation", "annotation")
+_MIN_SIDE = 1e-5  # pixels; what is thinner is not to be seen (as in Detectron2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisibleObject:
+    """What the augmented image shows of one annotation, in that image's pixels.
+
+    Attributes:
+        annotation: as it is in the dataset dict.
+        name: of the annotation, for messages.
+        box: (4,) XYXY.
+        polygons: visible parts (n, 2) of its segmentation; empty when it has no usable one.
+        cut: whether a part of its box is out of sight.
+    """
+
+    annotation: dict
+    name: str
+    box: np.ndarray
+    polygons: list[np.ndarray]
+    cut: bool
+
+
+class LSNetDatasetMapper(DatasetMapper):
+    """Detectron2's mapper, with LSNet's landmarks derived after the augmentation.
+
+    In training the output has ``instances`` and ``ignore_boxes``, in pixels of the augmented image,
+    and an image without annotations has both of length 0:
+
+    - ``gt_boxes``: the annotation's box. Where the augmentation rotates the image, or cuts the
+      object, the box around what is visible of its segmentation.
+    - ``gt_classes``.
+    - ``gt_extreme_points`` (N, 4, 2) float32, in the image: top, left, bottom, right.
+    - ``gt_masks`` and ``gt_keypoints`` with ``use_instance_mask`` and ``use_keypoint``.
+    - ``ignore_boxes`` (K, 4) float32, XYXY: crowds, and objects with the key "ignore". They are no
+      instances.
+
+    Objects out of sight are dropped. A segmentation of which no part is usable (see
+    :func:`lsnet_d2.data.polygons.is_usable`) counts as none; an object without any has the middles
+    of its box's sides for extreme points. Nothing is written into the input. Semantic maps and
+    precomputed proposals are left alone.
+    """
+
+    @configurable
+    def __init__(
+        self, is_train: bool, *, extreme_points: str = "segmentation", **kwargs: Any
+    ) -> None:
+        """
+        Args:
+            is_train: without it the output has the image only.
+            extreme_points: "segmentation" derives them from the augmented segmentation.
+                "annotation" takes the annotation's ``extreme_points``, those of the original
+                image, wherever the augmentation neither cuts the object nor rotates the image.
+                An object without segmentation uses its ``extreme_points`` in both cases.
+            kwargs: of :class:`detectron2.data.DatasetMapper`.
+
+        Raises:
+            ConfigError: ``extreme_points`` is neither.
+        """
+        super().__init__(is_train, **kwargs)
+        if extreme_points not in EXTREME_POINT_SOURCES:
+            raise ConfigError(
+                f"INPUT.EXTREME_POINTS is {extreme_points!r}; it must be one of "
+                f"{', '.join(EXTREME_POINT_SOURCES)}"
+            )
+        self.extreme_points = extreme_points
+        # Fields of landmarks: what derives them from an object, and the shape of one object's.
+        self.landmarks: dict[
+            str, tuple[Callable[[VisibleObject, Viewport], np.ndarray], tuple[int, ...]]
+        ] = {"gt_extreme_points": (self._extreme_points, (4, 2))}
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
+        arguments = super().from_config(cfg, is_train)
+        # boxes of what is visible need no masks here
+        arguments["recompute_boxes"] = False
+        arguments["extreme_points"] = cfg.INPUT.EXTREME_POINTS
+        return arguments
+
+    def __call__(self, dataset_dict: dict) -> dict:
+        """
+        Args:
+            dataset_dict: one image in Detectron2's format.
+
+        Returns:
+            A new dict with "image", a tensor (C, H, W), and in training what the class says.
+
+        Raises:
+            ImageError: the file cannot be read, or its size is not that of the dict.
+            AnnotationError: a mask or the extreme points of an annotation are malformed.
+        """
+        dataset_dict = dict(dataset_dict)
+        image = read_image(dataset_dict["file_name"], self.image_format)
+        try:
+            utils.check_image_size(dataset_dict, image)
+        except utils.SizeMismatchError as error:
+            raise ImageError(str(error)) from error
+        aug_input = T.AugInput(image)
+        transforms = self.augmentations(aug_input)
+        image = aug_input.image
+        dataset_dict["image"] = torch.from_numpy(image.transpose(2, 0, 1).copy())
+        if self.is_train:
+            self._transform_annotations(dataset_dict, transforms, image.shape[:2])
+        dataset_dict.pop("annotations", None)
+        return dataset_dict
+
+    def _transform_annotations(
+        self, dataset_dict: dict, transforms: T.Transform, image_shape: tuple[int, int]
+    ) -> None:
+        viewport = Viewport(
+            transforms,
+            original_size=(dataset_dict["height"], dataset_dict["width"]),
+            image_size=image_shape,
+        )
+        annotations = dataset_dict.get("annotations", [])
+        boxes, cut = viewport.boxes(
+            np.array(
+                [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
+            )
+        )
+        objects, ignored = [], []
+        for index, annotation in enumerate(annotations):
+            if annotation.get("iscrowd") or annotation.get("ignore"):
+                ignored += [boxes[index]] if _has_area(boxes[index]) else []
+                continue
+            name = name_annotation(dataset_dict, index)
+            seen = self._see(annotation, name, boxes[index], bool(cut[index]), viewport)
+            objects += [seen] if seen else []
+        dataset_dict["instances"] = self._to_instances(objects, viewport)
+        dataset_dict["ignore_boxes"] = _to_tensor(ignored, (4,))
+
+    def _see(
+        self, annotation: dict, name: str, box: np.ndarray, cut: bool, viewport: Viewport
+    ) -> VisibleObject | None:
+        try:
+            whole = segmentation_to_polygons(
+                annotation.get("segmentation"), *viewport.original_size
+            )
+        except ValueError as error:
+            raise AnnotationError(f"{name}: {error}") from error
+        polygons = viewport.polygons(whole)
+        if whole and not polygons and cut:
+            return None
+        if polygons and (cut or not viewport.axis_aligned):
+            box = bounding_box(polygons)
+        if not _has_area(box):
+            return None
+        return VisibleObject(annotation=annotation, name=name, box=box, polygons=polygons, cut=cut)
+
+    def _to_instances(self, objects: list[VisibleObject], viewport: Viewport) -> Instances:
+        instances = Instances(viewport.image_size)
+        instances.gt_boxes = Boxes(_to_tensor([o.box for o in objects], (4,)))
+        instances.gt_classes = torch.tensor(
+            [int(o.annotation["category_id"]) for o in objects], dtype=torch.int64
+        )
+        for field, (derive, shape) in self.landmarks.items():
+            instances.set(field, _to_tensor([derive(o, viewport) for o in objects], shape))
+        if self.use_instance_mask:
+            instances.gt_masks = self._masks(objects, viewport)
+        if self.use_keypoint:
+            keypoints = [self._keypoints(o, viewport) for o in objects]
+            shape = (len(self.keypoint_hflip_indices), 3)
+            instances.gt_keypoints = Keypoints(_to_tensor(keypoints, shape))
+        return instances
+
+    def _extreme_points(self, seen: VisibleObject, viewport: Viewport) -> np.ndarray:
+        height, width = viewport.image_size
+        annotated = seen.annotation.get("extreme_points")
+        if self.extreme_points == "annotation" and annotated is None and seen.polygons:
+            raise AnnotationError(
+                f"{seen.name}: no 'extreme_points', but INPUT.EXTREME_POINTS is 'annotation'. "
+                "tools/gen_coco_lsvr.py writes them; "
+                "lsnet_d2.data.coco_json.load_lsnet_json reads them (Detectron2's loader does not)"
+            )
+        whole = viewport.axis_aligned and not seen.cut
+        if annotated is not None and (
+            not seen.polygons or (self.extreme_points == "annotation" and whole)
+        ):
+            try:
+                points = viewport.sides(as_extreme_points(annotated))
+            except ValueError as error:
+                raise AnnotationError(f"{seen.name}: {error}") from error
+            if seen.cut:
+                points = np.clip(points, seen.box[:2], seen.box[2:])
+        elif seen.polygons:
+            points = extreme_points(seen.polygons, joined=False)
+        else:
+            _say_once(
+                f"{seen.name}: only a box to go by; the middles of its sides are its "
+                "extreme points. Further such objects are not reported."
+            )
+            points = side_midpoints(seen.box)
+        return np.clip(points, 0, [width, height])
+
+    def _masks(self, objects: list[VisibleObject], viewport: Viewport) -> PolygonMasks | BitMasks:
+        """Polygons; or bitmaps, which keep the holes of an RLE. A box where there is only that."""
+        if self.instance_mask_format == "polygon":
+            return PolygonMasks(
+                [[p.reshape(-1) for p in o.polygons] or [_rectangle(o.box)] for o in objects]
+            )
+        height, width = viewport.image_size
+        bitmaps = np.zeros((len(objects), height, width), dtype=bool)
+        for bitmap, seen in zip(bitmaps, objects, strict=True):
+            segmentation = seen.annotation.get("segmentation")
+            if isinstance(segmentation, dict) and seen.polygons:
+                mask = decode_rle(segmentation, *viewport.original_size)
+                bitmap[:] = viewport.transforms.apply_segmentation(mask)
+            else:
+                outlines = [p.reshape(-1) for p in seen.polygons] or [_rectangle(seen.box)]
+                bitmap[:] = utils.polygons_to_bitmask(outlines, height, width)
+        return BitMasks(torch.from_numpy(bitmaps))
+
+    def _keypoints(self, seen: VisibleObject, viewport: Viewport) -> np.ndarray:
+        """(K, 3); all zero for an object without keypoints."""
+        count = len(self.keypoint_hflip_indices)
+        keypoints = np.array(seen.annotation.get("keypoints", ()), dtype=np.float64)
+        if keypoints.size == 0:
+            return np.zeros((count, 3))
+        if keypoints.size != 3 * count:
+            raise AnnotationError(
+                f"{seen.name}: {keypoints.size} numbers of keypoints, not {3 * count}"
+            )
+        return utils.transform_keypoint_annotations(
+            keypoints, viewport.transforms, viewport.image_size, self.keypoint_hflip_indices
+        )
+
+
+def _has_area(box: np.ndarray) -> bool:
+    return bool((box[2:] - box[:2] > _MIN_SIDE).all())
+
+
+def _rectangle(box: np.ndarray) -> np.ndarray:
+    x0, y0, x1, y1 = box
+    return np.array([x0, y0, x0, y1, x1, y1, x1, y0])
+
+
+def _to_tensor(rows: list[np.ndarray], shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.from_numpy(np.array(rows, dtype=np.float32).reshape(-1, *shape))
+
+
+def _say_once(message: str) -> None:
+    worker = torch.utils.data.get_worker_info()
+    if worker is None or worker.id == 0:
+        log_first_n(logging.WARNING, message, name=__name__)

@@ -1,0 +1,47 @@
+import json
+
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from lsnet_d2.data.builtin import register_folders
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """One data set in COCO's layout, and an annotation file without images."""
+    annotations = tmp_path / "fruits" / "annotations"
+    annotations.mkdir(parents=True)
+    (tmp_path / "fruits" / "train").mkdir()
+    data = {
+        "images": [{"id": 7, "file_name": "a.jpg", "height": 40, "width": 60}],
+        "categories": [{"id": 3, "name": "nut"}, {"id": 1, "name": "date"}],
+        "annotations": [
+            {
+                "id": 5,
+                "image_id": 7,
+                "category_id": 3,
+                "bbox": [1, 2, 10, 20],
+                "extreme_points": [6, 2, 1, 9, 5, 22, 11, 12],
+            }
+        ],
+    }
+    (annotations / "instances_train.json").write_text(json.dumps(data))
+    (annotations / "instances_other.json").write_text("{}")
+    yield tmp_path
+    for name in [n for n in DatasetCatalog.list() if n.startswith("fruits_")]:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def test_folders_in_cocos_layout_are_registered(folders):
+    assert register_folders(folders) == ["fruits_train"]
+    assert register_folders(folders) == []  # it is there already
+    (record,) = DatasetCatalog.get("fruits_train")
+    assert record["file_name"] == str(folders / "fruits" / "train" / "a.jpg")
+    (annotation,) = record["annotations"]
+    assert annotation["category_id"] == 1 and len(annotation["extreme_points"]) == 8
+    assert MetadataCatalog.get("fruits_train").thing_classes == ["date", "nut"]
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    assert register_folders(tmp_path / "nowhere") == []

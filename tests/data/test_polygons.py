@@ -1,0 +1,166 @@
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from pycocotools import mask as mask_util
+
+from lsnet_d2.data.polygons import (
+    bounding_box,
+    clip_polygons,
+    is_usable,
+    mask_to_polygons,
+    segmentation_to_polygons,
+)
+
+SQUARE = np.array([[0, 0], [10, 0], [10, 10], [0, 10]], dtype=float)
+
+
+def area(polygon):
+    x, y = polygon.T
+    return abs((x * np.roll(y, -1) - y * np.roll(x, -1)).sum()) / 2
+
+
+@st.composite
+def stars(draw):
+    """Outlines that do not cross themselves: concave, around a centre."""
+    radii = draw(arrays(float, draw(st.integers(3, 16)), elements=st.floats(2, 60)))
+    angles = np.linspace(0, 2 * np.pi, len(radii), endpoint=False)
+    centre = np.array([draw(st.floats(-20, 120)), draw(st.floats(-20, 120))])
+    return centre + np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1)
+
+
+def test_inside_stays_and_outside_vanishes():
+    assert clip_polygons([SQUARE], 10, 10)[0] is SQUARE
+    assert clip_polygons([SQUARE + 20], 10, 10) == []
+    assert clip_polygons([SQUARE + [10, 0]], 10, 10) == []  # touches
+
+
+def test_corner_of_a_square():
+    (part,) = clip_polygons([SQUARE - [4, 7]], 10, 10)
+    assert bounding_box([part]).tolist() == [0, 0, 6, 3]
+    assert area(part) == 18
+
+
+def test_a_cut_through_the_middle_leaves_two_parts():
+    # a U lying on its side, with its bend beyond the border
+    bend = np.array([[10, 0], [-5, 0], [-5, 30], [10, 30], [10, 20], [-2, 20], [-2, 10], [10, 10]])
+    parts = clip_polygons([bend.astype(float)], 40, 40)
+    boxes = sorted(bounding_box([part]).tolist() for part in parts)
+    assert boxes == [[0, 0, 10, 10], [0, 20, 10, 30]]
+
+
+def test_legs_that_hang_together_stay_one_part():
+    legs = np.array([[0, 0], [30, 0], [30, 50], [20, 50], [20, 10], [10, 10], [10, 50], [0, 50]])
+    (part,) = clip_polygons([legs.astype(float)], 40, 40)
+    assert area(part) == 30 * 10 + 2 * 10 * 30
+
+
+@given(stars(), st.integers(40, 100), st.integers(40, 100))
+def test_clipped_area_is_that_of_the_pixels_inside(polygon, width, height):
+    scale, offset = 8, 100 * 8
+    size = 300 * scale
+
+    def paint(polygons):
+        canvas = np.zeros((size, size), np.uint8)
+        for outline in polygons:
+            pixels = np.round(outline * scale).astype(np.int32) + offset
+            canvas ^= cv2.fillPoly(np.zeros_like(canvas), [pixels], 1)
+        return canvas[offset : offset + height * scale, offset : offset + width * scale]
+
+    parts = clip_polygons([polygon], width, height)
+    for part in parts:
+        x0, y0, x1, y1 = bounding_box([part])
+        assert x0 >= 0 and y0 >= 0 and x1 <= width and y1 <= height
+    # fillPoly paints the outline too: differences along it, of a painted pixel's width
+    painted, expected = paint(parts), paint([polygon])
+    different = cv2.erode((painted != expected).astype(np.uint8), np.ones((4, 4), np.uint8))
+    assert different.sum() == 0
+    assert sum(map(area, parts)) <= area(polygon) + 1e-6
+
+
+@given(stars(), st.integers(0, 15))
+def test_clipping_does_not_depend_on_the_first_vertex(polygon, turn):
+    parts = clip_polygons([polygon], 80, 60)
+    turned = clip_polygons([np.roll(polygon, turn, axis=0)], 80, 60)
+    assert len(parts) == len(turned)
+    assert sum(map(area, turned)) == pytest.approx(sum(map(area, parts)), abs=1e-6)
+
+
+def test_an_outline_that_crosses_itself_stays_inside():
+    bow = np.array([[-5, 0], [20, 30], [20, 0], [-5, 30]], dtype=float)
+    parts = clip_polygons([bow], 15, 25)
+    assert parts
+    x0, y0, x1, y1 = bounding_box(parts)
+    assert x0 >= 0 and y0 >= 0 and x1 <= 15 and y1 <= 25
+
+
+@pytest.mark.parametrize(
+    "polygon",
+    [
+        [[0, 0], [1, 1]],
+        [[0, 0], [1, 1], [2, 2], [3, 3]],
+        [[5, 5], [5, 5], [5, 5]],
+        [[0, 0], [np.nan, 1], [2, 0]],
+        [[0, 0], [np.inf, 1], [2, 0]],
+    ],
+)
+def test_unusable(polygon):
+    assert not is_usable(np.array(polygon, dtype=float))
+
+
+def test_usable_though_its_signed_area_is_zero():
+    assert is_usable(np.array([[0, 0], [10, 10], [10, 0], [0, 10]], dtype=float))
+
+
+def test_segmentation_keeps_usable_parts():
+    segmentation = [[0, 0, 4, 0, 4, 4], [1, 1, 2, 2], [1, 1, 2, 2, 3, 3], [0, 0, 1, 1, 2], [7] * 6]
+    (part,) = segmentation_to_polygons(segmentation, 10, 10)
+    assert part.tolist() == [[0, 0], [4, 0], [4, 4]]
+    assert segmentation_to_polygons(None, 10, 10) == []
+    assert segmentation_to_polygons([], 10, 10) == []
+
+
+def test_three_forms_of_a_rectangle():
+    mask = np.zeros((20, 30), np.uint8)
+    mask[4:9, 5:25] = 1
+    compressed = mask_util.encode(np.asfortranarray(mask))
+    column_wise = mask.T.reshape(-1)
+    changes = np.flatnonzero(np.diff(column_wise)) + 1
+    counts = np.diff([0, *changes, column_wise.size]).tolist()
+    uncompressed = {"size": [20, 30], "counts": counts}
+    text = {**compressed, "counts": compressed["counts"].decode()}
+    polygon = [[5, 4, 25, 4, 25, 9, 5, 9]]
+    for segmentation in (compressed, text, uncompressed, polygon):
+        parts = segmentation_to_polygons(segmentation, 20, 30)
+        assert bounding_box(parts).tolist() == [5, 4, 25, 9]
+        assert sum(map(area, parts)) == 100
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        {"size": [30, 20], "counts": [600]},
+        {"size": [20, 30], "counts": [5, 5]},
+        {"size": [20, 30], "counts": [-1, 601]},
+        {"size": [20, 30]},
+        {"counts": [600]},
+        7,
+    ],
+)
+def test_malformed_segmentations(segmentation):
+    with pytest.raises(ValueError, match="RLE|type"):
+        segmentation_to_polygons(segmentation, 20, 30)
+
+
+def test_outline_of_a_mask_goes_round_its_pixels():
+    mask = np.zeros((8, 9), np.uint8)
+    assert mask_to_polygons(mask) == []
+    mask[3, 4] = 1
+    (pixel,) = mask_to_polygons(mask)
+    assert bounding_box([pixel]).tolist() == [4, 3, 5, 4]
+    assert area(pixel) == 1
+    mask[6:8, 7:9] = 1
+    assert len(mask_to_polygons(mask)) == 2
+    assert bounding_box(mask_to_polygons(mask)).tolist() == [4, 3, 9, 8]
