@@ -65,12 +65,17 @@ class LandmarkBranch(ABC):
     sampling_landmarks: list[int]
     pred_field: str
 
-    def __init__(self, *, alpha: float = 0.2) -> None:
+    def __init__(
+        self, *, alpha: float = 0.2, init_weight: float = 1.0, refine_weight: float = 2.0
+    ) -> None:
         """
         Args:
             alpha: see :func:`~lsnet_d2.modeling.vectors.encode_vectors`.
+            init_weight, refine_weight: of the losses of the two stages.
         """
         self.alpha = alpha
+        self.init_weight = init_weight
+        self.refine_weight = refine_weight
 
     @property
     def num_vectors(self) -> int:
@@ -200,7 +205,8 @@ def build_branches(cfg: CfgNode) -> list[LandmarkBranch]:
     """The branches of MODEL.LSNET.TASK. The first supplies boxes, the last steers classification.
 
     Raises:
-        ValueError: the task or a branch is unknown; the message names the key.
+        ValueError: the task or a branch is unknown, or a branch has no loss weights; the message
+            names the key.
     """
     task = cfg.MODEL.LSNET.TASK
     names = cfg.MODEL.LSNET.BRANCHES if task == "joint" else TASK_BRANCHES.get(task)
@@ -213,4 +219,16 @@ def build_branches(cfg: CfgNode) -> list[LandmarkBranch]:
             f"MODEL.LSNET.BRANCHES is {list(names)}; it must list one or more of "
             f"{', '.join(BRANCHES)}, each once"
         )
-    return [BRANCHES[name](alpha=cfg.MODEL.LSNET.CROSS_IOU_ALPHA) for name in names]
+    init, refine = cfg.MODEL.LSNET.INIT_LOSS_WEIGHTS, cfg.MODEL.LSNET.REFINE_LOSS_WEIGHTS
+    for key, weights in (("INIT", init), ("REFINE", refine)):
+        if len(weights) != len(names):
+            raise ValueError(
+                f"MODEL.LSNET.{key}_LOSS_WEIGHTS is {list(weights)}; it must have one value for "
+                f"each of the branches {', '.join(names)}"
+            )
+    return [
+        BRANCHES[name](
+            alpha=cfg.MODEL.LSNET.CROSS_IOU_ALPHA, init_weight=w_init, refine_weight=w_refine
+        )
+        for name, w_init, w_refine in zip(names, init, refine, strict=True)
+    ]

@@ -45,8 +45,6 @@ class LSNet(DenseDetector):
         head_in_features: list[str],
         branches: list[LandmarkBranch],
         num_classes: int,
-        init_loss_weights: list[float],
-        refine_loss_weights: list[float],
         cls_loss_weight: float = 1.0,
         focal_loss_alpha: float = 0.25,
         focal_loss_gamma: float = 2.0,
@@ -65,7 +63,6 @@ class LSNet(DenseDetector):
             backbone, head_in_features, pixel_mean, pixel_std: see :class:`DenseDetector`.
             head: predicts vectors for the same branches.
             branches: the first one supplies the boxes of assignment and NMS.
-            init_loss_weights, refine_loss_weights: one for each branch.
             ignore_crowd: leave points inside ``ignore_boxes`` out of the classification loss.
             test_topk_candidates: points kept per level before NMS.
             input_format: channel order of the images, for visualisation.
@@ -73,18 +70,10 @@ class LSNet(DenseDetector):
         super().__init__(
             backbone, head, head_in_features, pixel_mean=pixel_mean, pixel_std=pixel_std
         )
-        for key, weights in (("INIT", init_loss_weights), ("REFINE", refine_loss_weights)):
-            if len(weights) != len(branches):
-                raise ValueError(
-                    f"MODEL.LSNET.{key}_LOSS_WEIGHTS is {list(weights)}; it must have one value "
-                    f"for each of the branches {[b.name for b in branches]}"
-                )
         shapes = backbone.output_shape()
         self.strides = [shapes[name].stride for name in head_in_features]
         self.branches = branches
         self.num_classes = num_classes
-        self.init_loss_weights = init_loss_weights
-        self.refine_loss_weights = refine_loss_weights
         self.cls_loss_weight = cls_loss_weight
         self.focal_loss_alpha = focal_loss_alpha
         self.focal_loss_gamma = focal_loss_gamma
@@ -108,8 +97,6 @@ class LSNet(DenseDetector):
             "head_in_features": in_features,
             "branches": branches,
             "num_classes": cfg.MODEL.LSNET.NUM_CLASSES,
-            "init_loss_weights": cfg.MODEL.LSNET.INIT_LOSS_WEIGHTS,
-            "refine_loss_weights": cfg.MODEL.LSNET.REFINE_LOSS_WEIGHTS,
             "cls_loss_weight": cfg.MODEL.LSNET.CLS_LOSS_WEIGHT,
             "focal_loss_alpha": cfg.MODEL.LSNET.FOCAL_LOSS_ALPHA,
             "focal_loss_gamma": cfg.MODEL.LSNET.FOCAL_LOSS_GAMMA,
@@ -172,11 +159,11 @@ class LSNet(DenseDetector):
         }
         for i, branch in enumerate(self.branches):
             for stage, vectors, assigned, weight, normalizer in (
-                ("init", predictions.init, init, self.init_loss_weights, init_normalizer),
-                ("refine", predictions.refine, refine, self.refine_loss_weights, refine_normalizer),
+                ("init", predictions.init, init, branch.init_weight, init_normalizer),
+                ("refine", predictions.refine, refine, branch.refine_weight, refine_normalizer),
             ):
                 loss = self.landmark_loss(branch, points, vectors[i], assigned, targets[i])
-                losses[f"loss_{branch.name}_{stage}"] = weight[i] * loss / normalizer
+                losses[f"loss_{branch.name}_{stage}"] = weight * loss / normalizer
         return losses
 
     def valid_points(self, points: AnchorPoints, image_size: tuple[int, int]) -> Tensor:

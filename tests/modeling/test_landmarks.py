@@ -79,3 +79,7 @@ class TestBuildBranches:
     def test_unknown_branches_name_the_key(self, names):
         with pytest.raises(ValueError, match=r"MODEL\.LSNET\.BRANCHES"):
             build_branches(tiny_cfg(TASK="joint", BRANCHES=names))
+
+    def test_number_of_weights_must_be_that_of_branches(self):
+        with pytest.raises(ValueError, match=r"MODEL\.LSNET\.INIT_LOSS_WEIGHTS.*extreme"):
+            build_branches(tiny_cfg(INIT_LOSS_WEIGHTS=[1.0, 2.0]))
