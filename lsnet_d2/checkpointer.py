@@ -1,0 +1,268 @@
+"""Checkpoints that are whole or absent, and are refused when they do not fit the model."""
+
+import glob
+import logging
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+from torch import nn
+
+from .checkpoint import convert_lsnet_checkpoint, is_released_checkpoint
+from .errors import CheckpointError
+from .files import atomic_write, remove_partial_files
+
+logger = logging.getLogger(__name__)
+
+
+class LSNetCheckpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer, made safe.
+
+    - A checkpoint appears under its name when it is complete, ``last_checkpoint`` after it. A
+      training that is killed at any moment leaves a file to go on from.
+    - Files are read as data: nothing in them is executed.
+    - With ``strict=True``, a checkpoint must have every weight of the model and no others.
+    - Weights of the released LSNet code are renamed when a config is given.
+
+    Attributes:
+        resumed_from: the file that :meth:`resume_or_load` went on from, or None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        cfg: CfgNode | None = None,
+        save_to_disk: bool | None = None,
+        **checkpointables: Any,
+    ) -> None:
+        """
+        Args:
+            model, save_dir, save_to_disk, checkpointables: see Detectron2. ``save_dir`` is local.
+            cfg: config of the model, to convert checkpoints of the released code for.
+        """
+        super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
+        self.cfg = cfg
+        self.resumed_from: str | None = None
+        self._source = ""
+        self._strict = False
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Write ``{save_dir}/{name}.pth``, and then its name to ``last_checkpoint``."""
+        if not self.save_dir or not self.save_to_disk:
+            return
+        data = {"model": self.model.state_dict()}
+        data.update({key: value.state_dict() for key, value in self.checkpointables.items()})
+        data.update(kwargs)
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        logger.info("Saving checkpoint to %s", path)
+        with atomic_write(path) as file:
+            torch.save(data, file)
+        self.tag_last_checkpoint(f"{name}.pth")
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        with atomic_write(os.path.join(self.save_dir, "last_checkpoint"), "w") as file:
+            file.write(last_filename_basename)
+
+    def load(
+        self, path: str, checkpointables: list[str] | None = None, *, strict: bool = False
+    ) -> dict[str, Any]:
+        """Load weights, and by default all that was saved with them.
+
+        Args:
+            path: file or URL that Detectron2 knows; empty leaves the model as it is.
+            checkpointables: what to load besides the weights; None: all that the file has.
+            strict: refuse a checkpoint that does not fit exactly. Otherwise weights that are
+                missing or have another shape stay as they are, with a warning; at least one must
+                fit.
+
+        Raises:
+            CheckpointError: the file is missing, damaged, not safe to read, or does not fit.
+        """
+        if path:
+            self._require_file(path)
+        elif strict:
+            raise CheckpointError("no weights given: MODEL.WEIGHTS is empty")
+        self._source, self._strict = path, strict
+        return super().load(path, checkpointables)
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """Go on from the last checkpoint in ``save_dir``; without one, load weights from ``path``.
+
+        A checkpoint that is missing or damaged is passed over for the newest whole one, with a
+        warning. In a distributed run the main process decides.
+
+        Raises:
+            CheckpointError: there are checkpoints, but none is whole; see also :meth:`load`.
+        """
+        self.resumed_from = None
+        if resume:
+            found = self.find_checkpoint() if comm.is_main_process() else None
+            self.resumed_from = comm.all_gather(found)[0]
+            if self.resumed_from:
+                return self._resume(self.resumed_from)
+            logger.info("No checkpoint in %s: starting from MODEL.WEIGHTS", self.save_dir)
+        return self.load(path, checkpointables=[])
+
+    def _resume(self, path: str) -> dict[str, Any]:
+        rest = self.load(path, strict=True)
+        if "iteration" not in rest:
+            raise CheckpointError(
+                f"{path} holds weights only, and no training to go on with; "
+                "to start from it, give it as MODEL.WEIGHTS without --resume"
+            )
+        return rest
+
+    def find_checkpoint(self) -> str | None:
+        """The file to go on from, or None where nothing was saved. Removes partial files."""
+        for name in remove_partial_files(self.save_dir):
+            logger.warning("Removed %s, a checkpoint cut short in %s", name, self.save_dir)
+        files = glob.glob(os.path.join(glob.escape(self.save_dir), "model_*.pth"))
+        files.sort(key=os.path.getmtime, reverse=True)
+        if self.has_checkpoint():
+            last = self.get_checkpoint_file()
+            files = [last] + [file for file in files if file != last]
+        for file in files:
+            if _is_whole(file):
+                if file != files[0]:
+                    logger.warning("Going on from %s instead", file)
+                return file
+            logger.warning("Checkpoint %s is missing or damaged", file)
+        if files:
+            raise CheckpointError(f"none of the checkpoints in {self.save_dir} can be read")
+        return None
+
+    def _require_file(self, path: str) -> None:
+        url = path.partition("?")[0]
+        try:
+            local = self.path_manager.get_local_path(url)
+        except OSError as error:
+            raise CheckpointError(f"cannot get the weights {url}: {error}") from error
+        if not os.path.isfile(local):
+            raise CheckpointError(f"no such file of weights: {url}")
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        try:
+            if filename.endswith(".pkl"):
+                loaded = _from_model_zoo(_load_numpy_pickle(filename))
+            else:
+                loaded = super()._load_file(filename)
+        except (pickle.UnpicklingError, EOFError, RuntimeError, OSError, TypeError) as error:
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise CheckpointError(
+                f"cannot read the weights {filename} (damaged, or more than plain data): "
+                f"{reason[0]}"
+            ) from error
+        weights = loaded["model"]
+        weights = weights.get("state_dict", weights)  # as mmdetection saves them
+        if self.cfg is not None and is_released_checkpoint(weights):
+            try:
+                weights = convert_lsnet_checkpoint(weights, self.cfg)
+            except ValueError as error:
+                raise CheckpointError(f"{filename}: {error}") from error
+        return {**loaded, "model": weights}
+
+    def _torch_load(self, f: str) -> Mapping[str, Any]:
+        loaded = torch.load(f, map_location="cpu", weights_only=True)
+        if not isinstance(loaded, Mapping):
+            raise CheckpointError(f"{f} holds a {type(loaded).__name__}, not named weights")
+        return loaded
+
+    def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        try:
+            incompatible = super()._load_model(checkpoint)
+        except ValueError as error:  # something that is no tensor
+            raise CheckpointError(f"{self._source}: {error}") from error
+        names = set(self.model.state_dict())
+        if names <= set(incompatible.missing_keys):
+            raise CheckpointError(f"{self._source}: none of the weights is one of this model's")
+        if incompatible.incorrect_shapes and not self._strict:
+            logger.warning(
+                "%d weights of %s have other shapes than the model's and are trained anew; "
+                "is the number of classes meant to differ?",
+                len(incompatible.incorrect_shapes),
+                self._source,
+            )
+        if self._strict:
+            self._refuse_misfit(incompatible)
+        return incompatible
+
+    def _refuse_misfit(self, incompatible: Any) -> None:
+        shapes = {name: (theirs, ours) for name, theirs, ours in incompatible.incorrect_shapes}
+        # counters of batch-norm layers that older checkpoints lack; they have no effect
+        missing = [
+            name
+            for name in incompatible.missing_keys
+            if name not in shapes and not name.endswith("num_batches_tracked")
+        ]
+        problems = []
+        if missing:
+            problems.append(f"{len(missing)} weights are missing ({_some(missing)})")
+        if incompatible.unexpected_keys:
+            unused = incompatible.unexpected_keys
+            problems.append(f"{len(unused)} are of no use ({_some(unused)})")
+        if shapes:
+            name, (theirs, ours) = next(iter(shapes.items()))
+            problems.append(
+                f"{len(shapes)} have another shape ({name}: {theirs} in the checkpoint, "
+                f"{ours} in the model)"
+            )
+        if problems:
+            raise CheckpointError(
+                f"{self._source} is a checkpoint of another model: {'; '.join(problems)}. "
+                "Architecture, task and number of classes must be those of its training"
+            )
+
+
+def _some(names: list[str], limit: int = 3) -> str:
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+
+
+def _is_whole(path: str) -> bool:
+    """Whether a file of torch.save is complete and its checksums hold."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
+class _NumpyUnpickler(pickle.Unpickler):
+    """Reads numpy arrays in plain containers; anything else in the file is refused."""
+
+    _ALLOWED = {
+        ("numpy", "ndarray"),
+        ("numpy", "dtype"),
+        ("numpy.core.multiarray", "_reconstruct"),
+        ("numpy._core.multiarray", "_reconstruct"),
+        ("numpy.core.multiarray", "scalar"),
+        ("numpy._core.multiarray", "scalar"),
+        ("collections", "OrderedDict"),
+        ("_codecs", "encode"),
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self._ALLOWED:
+            raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a file of weights")
+        return super().find_class(module, name)
+
+
+def _load_numpy_pickle(path: str) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        return _NumpyUnpickler(file, encoding="latin1").load()
+
+
+def _from_model_zoo(data: dict[str, Any]) -> dict[str, Any]:
+    """Detectron2's zoo names its author; other pickles are Caffe2's and matched by heuristics."""
+    if "model" in data and "__author__" in data:
+        return data
+    blobs = data.get("blobs", data)
+    weights = {name: value for name, value in blobs.items() if not name.endswith("_momentum")}
+    return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}

@@ -1,0 +1,233 @@
+"""The trainer: Detectron2's, with our mapper, checks, checkpoints and gradient clipping."""
+
+import argparse
+import json
+import logging
+import os
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import (
+    DatasetMapper,
+    build_detection_test_loader,
+    build_detection_train_loader,
+    get_detection_dataset_dicts,
+)
+from detectron2.engine import (
+    AMPTrainer,
+    DefaultTrainer,
+    SimpleTrainer,
+    create_ddp_model,
+    default_setup,
+)
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.solver import build_optimizer
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from torch import nn
+
+from .checkpointer import LSNetCheckpointer
+from .config_file import classes_key, load_config, num_classes
+from .data.annotation_checks import check_dataset_dicts
+from .data.dataset_mapper import LSNetDatasetMapper
+from .errors import ConfigError, UserError
+from .evaluation import build_evaluator
+
+logger = logging.getLogger(__name__)
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """Config, log files and random seeds of a run.
+
+    Args:
+        args: of ``detectron2.engine.default_argument_parser``.
+
+    Returns:
+        The frozen config, with a device that exists.
+
+    Raises:
+        ConfigError: see :func:`lsnet_d2.config_file.load_config`.
+    """
+    cfg = load_config(args.config_file, args.opts)
+    cfg.freeze()
+    try:
+        os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"OUTPUT_DIR {cfg.OUTPUT_DIR}: {error.strerror}") from error
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="lsnet_d2")
+    default_setup(cfg, args)
+    logger.info("Running on device %s", cfg.MODEL.DEVICE)
+    return cfg
+
+
+def build_mapper(cfg: CfgNode, is_train: bool) -> Callable[[dict], dict | None]:
+    """The dataset mapper that the meta-architecture of the config needs."""
+    mapper = LSNetDatasetMapper if cfg.MODEL.META_ARCHITECTURE == "LSNet" else DatasetMapper
+    return mapper(cfg, is_train)
+
+
+@contextmanager
+def reporting_data_errors(names: list[str]) -> Iterator[None]:
+    """Turn what reading a registered data set raises into a UserError that names it."""
+    where = f"data set {', '.join(names)}"
+    try:
+        yield
+    except FileNotFoundError as error:
+        root = os.getenv("DETECTRON2_DATASETS", "datasets")
+        raise UserError(
+            f"{where}: no such file: {error.filename} (DETECTRON2_DATASETS is {root})"
+        ) from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: the annotation file is not complete JSON: {error}") from error
+    except KeyError as error:
+        raise UserError(f"{where}: {error.args[0]!r} is missing or unknown") from error
+    except (AssertionError, ValueError) as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def load_training_data(cfg: CfgNode) -> list[dict]:
+    """The dataset dicts of ``DATASETS.TRAIN``, filtered as Detectron2 does it, and checked.
+
+    Raises:
+        UserError: a file is missing or broken.
+        AnnotationError: see :func:`lsnet_d2.data.annotation_checks.check_dataset_dicts`.
+    """
+    names = list(cfg.DATASETS.TRAIN)
+    if not names:
+        raise ConfigError("DATASETS.TRAIN is empty")
+    with reporting_data_errors(names):
+        dicts = get_detection_dataset_dicts(
+            names,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+            if cfg.MODEL.KEYPOINT_ON
+            else 0,
+            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+        )
+    return check_dataset_dicts(
+        dicts,
+        num_classes=num_classes(cfg),
+        dataset_name=names,
+        num_classes_key=classes_key(cfg),
+        on_invalid=cfg.DATASETS.INVALID_ANNOTATIONS,
+        need_extreme_points=cfg.INPUT.EXTREME_POINTS == "annotation",
+    )
+
+
+def clip_whole_gradient(
+    optimizer: torch.optim.Optimizer, max_norm: float, norm_type: float = 2.0
+) -> None:
+    """Before each step of ``optimizer``, scale all gradients so that their joint norm is at most
+    ``max_norm``, as the released code does (with 35).
+
+    It happens inside ``step``, that is, after a gradient scaler has taken its factor out.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def clip(*_) -> None:
+        nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
+
+    optimizer.register_step_pre_hook(clip)
+
+
+class LSNetTrainer(DefaultTrainer):
+    """Trains LSNet and Detectron2's own meta-architectures, on GPUs or CPUs.
+
+    What differs from :class:`DefaultTrainer`: annotations are checked before training; the
+    checkpointer is :class:`LSNetCheckpointer`; gradients can be clipped as a whole
+    (``SOLVER.CLIP_GRADIENTS.CLIP_TYPE: "full_model"``); several processes work on CPUs too.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        """
+        Args:
+            cfg: as :func:`setup` returns it.
+        """
+        # The steps are DefaultTrainer's; it has no place to put another wrapper or checkpointer.
+        super(DefaultTrainer, self).__init__()
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        if cfg.SOLVER.IMS_PER_BATCH % comm.get_world_size():
+            raise ConfigError(
+                f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}; it must be a multiple of "
+                f"the number of processes, {comm.get_world_size()}"
+            )
+        data_loader = self.build_train_loader(cfg)
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        model = wrap_distributed(model)
+        trainer = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
+        self._trainer = trainer(model, data_loader, optimizer)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = LSNetCheckpointer(
+            model, cfg.OUTPUT_DIR, cfg=cfg, trainer=weakref.proxy(self)
+        )
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        self.register_hooks(self.build_hooks())
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Go on from the last whole checkpoint in ``OUTPUT_DIR``, or load ``MODEL.WEIGHTS``.
+
+        Raises:
+            CheckpointError: see :meth:`LSNetCheckpointer.resume_or_load`.
+        """
+        self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
+        if self.checkpointer.resumed_from:
+            self.start_iter = self.iter + 1
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode):
+        return build_detection_train_loader(
+            cfg, mapper=build_mapper(cfg, is_train=True), dataset=load_training_data(cfg)
+        )
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
+        with reporting_data_errors([dataset_name]):
+            return build_detection_test_loader(
+                cfg, dataset_name, mapper=build_mapper(cfg, is_train=False)
+            )
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference")
+        if len(cfg.DATASETS.TEST) > 1:
+            folder = os.path.join(folder, dataset_name)
+        return build_evaluator(cfg, dataset_name, folder)
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        clip = cfg.SOLVER.CLIP_GRADIENTS
+        if not (clip.ENABLED and clip.CLIP_TYPE == "full_model"):
+            return build_optimizer(cfg, model)
+        unclipped = cfg.clone()
+        unclipped.defrost()
+        unclipped.SOLVER.CLIP_GRADIENTS.ENABLED = False
+        optimizer = build_optimizer(unclipped, model)
+        clip_whole_gradient(optimizer, clip.CLIP_VALUE, clip.NORM_TYPE)
+        return optimizer
+
+
+def wrap_distributed(model: nn.Module) -> nn.Module:
+    """Data-parallel training where there are several processes, on the device of the model."""
+    device = next(model.parameters()).device
+    device_ids = [comm.get_local_rank()] if device.type == "cuda" else None
+    return create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
+
+
+def evaluate(cfg: CfgNode) -> dict:
+    """Results of ``MODEL.WEIGHTS`` on ``DATASETS.TEST``.
+
+    Raises:
+        CheckpointError: the weights are missing or not those of this model.
+    """
+    if not cfg.DATASETS.TEST:
+        raise ConfigError("DATASETS.TEST is empty")
+    model = LSNetTrainer.build_model(cfg)
+    checkpointer = LSNetCheckpointer(model, cfg=cfg)
+    checkpointer.load(cfg.MODEL.WEIGHTS, checkpointables=[], strict=True)
+    return LSNetTrainer.test(cfg, model)

@@ -1,0 +1,128 @@
+"""A COCO data set of a few small images, and a small RetinaNet that trains on it in seconds."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZE = (48, 64)  # height, width
+SPLITS = {"train": 4, "val": 2}
+
+CONFIG = """
+MODEL:
+  META_ARCHITECTURE: "RetinaNet"
+  WEIGHTS: ""
+  BACKBONE:
+    NAME: "build_retinanet_resnet_fpn_backbone"
+    FREEZE_AT: 0
+  RESNETS:
+    DEPTH: 50
+    STEM_OUT_CHANNELS: 16
+    RES2_OUT_CHANNELS: 16
+    WIDTH_PER_GROUP: 4
+    OUT_FEATURES: ["res3", "res4", "res5"]
+    NORM: "BN"
+  FPN:
+    IN_FEATURES: ["res3", "res4", "res5"]
+    OUT_CHANNELS: 16
+  ANCHOR_GENERATOR:
+    SIZES: [[16], [32], [64], [128], [256]]
+  RETINANET:
+    NUM_CLASSES: 80
+    NUM_CONVS: 1
+INPUT:
+  MIN_SIZE_TRAIN: [48]
+  MIN_SIZE_TEST: 48
+DATASETS:
+  TRAIN: ["coco_2017_train"]
+  TEST: ["coco_2017_val"]
+DATALOADER:
+  NUM_WORKERS: 0
+SOLVER:
+  IMS_PER_BATCH: 2
+  BASE_LR: 0.001
+  MAX_ITER: 3
+  STEPS: []
+  CHECKPOINT_PERIOD: 1
+  CLIP_GRADIENTS:
+    ENABLED: True
+    CLIP_TYPE: "full_model"
+    CLIP_VALUE: 35.0
+SEED: 1
+VERSION: 2
+"""
+
+
+def write_config(folder: Path) -> Path:
+    path = Path(folder) / "tiny.yaml"
+    path.write_text(CONFIG)
+    return path
+
+
+def write_coco(folder: Path) -> Path:
+    """Write the data under ``folder`` as Detectron2's builtin COCO expects it; returns it."""
+    root = Path(folder) / "coco"
+    (root / "annotations").mkdir(parents=True)
+    categories = [{"id": c["id"], "name": c["name"]} for c in COCO_CATEGORIES if c["isthing"]]
+    for split, count in SPLITS.items():
+        images, annotations = [], []
+        (root / f"{split}2017").mkdir()
+        for number in range(1, count + 1):
+            x, y, w, h = 8 + 4 * number, 10, 24, 20
+            pixels = np.full((*SIZE, 3), 40 * number, np.uint8)
+            pixels[y : y + h, x : x + w] = (220, 30, 30)
+            name = f"{number:012d}.png"
+            Image.fromarray(pixels).save(root / f"{split}2017" / name)
+            images.append({"id": number, "file_name": name, "height": SIZE[0], "width": SIZE[1]})
+            annotations.append(
+                {
+                    "id": number,
+                    "image_id": number,
+                    "category_id": 1 if number % 2 else 3,
+                    "bbox": [x, y, w, h],
+                    "area": w * h,
+                    "iscrowd": 0,
+                    "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]],
+                }
+            )
+        dataset = {
+            "info": {},
+            "images": images,
+            "annotations": annotations,
+            "categories": categories,
+        }
+        json_file(folder, split).write_text(json.dumps(dataset))
+    return Path(folder)
+
+
+def json_file(folder: Path, split: str) -> Path:
+    return Path(folder) / "coco" / "annotations" / f"instances_{split}2017.json"
+
+
+def tool_environment(datasets: Path | None = None) -> dict[str, str]:
+    """Variables for a tool: no windows, no GPUs, and data sets under a folder."""
+    env = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY")}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
+    env["CUDA_VISIBLE_DEVICES"] = ""
+    env["OMP_NUM_THREADS"] = "1"
+    if datasets:
+        env["DETECTRON2_DATASETS"] = str(datasets)
+    return env
+
+
+def run_tool(name: str, *args: object, datasets: Path | None = None) -> subprocess.CompletedProcess:
+    """Run a tool as a user does."""
+    return subprocess.run(
+        [sys.executable, ROOT / "tools" / name, *map(str, args)],
+        capture_output=True,
+        text=True,
+        env=tool_environment(datasets),
+        timeout=300,
+        cwd=ROOT,
+    )

@@ -1,0 +1,115 @@
+import cv2
+import numpy as np
+import pytest
+import tiny_coco
+from detectron2.modeling import build_model
+from PIL import Image
+from tiny_coco import run_tool
+
+from lsnet_d2.checkpointer import LSNetCheckpointer
+from lsnet_d2.config_file import load_config
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Config, weights, two good images, a broken one and a video."""
+    folder = tmp_path_factory.mktemp("demo")
+    config = tiny_coco.write_config(folder)
+    model = build_model(load_config(str(config), ["MODEL.DEVICE", "cpu"]))
+    for name, parameter in model.named_parameters():
+        if name.endswith("conv3.norm.weight"):
+            parameter.data.zero_()  # untrained residuals would grow beyond bounds
+    LSNetCheckpointer(model, str(folder)).save("weights")
+    images = folder / "images"
+    images.mkdir()
+    for name in ("a.jpg", "b.png"):
+        Image.fromarray(np.full((48, 64, 3), 90, np.uint8)).save(images / name)
+    (images / "broken.jpg").write_bytes((images / "a.jpg").read_bytes()[:300])
+    (images / "notes.txt").write_text("no image")
+    writer = cv2.VideoWriter(
+        str(folder / "clip.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 10, (64, 48)
+    )
+    for value in range(3):
+        writer.write(np.full((48, 64, 3), 80 * value, np.uint8))
+    writer.release()
+    return folder
+
+
+def demo(folder, *args, threshold=0.0, opts=()):
+    return run_tool(
+        "demo.py",
+        # fmt: off
+        "--config-file",
+        folder / "tiny.yaml",
+        *args,
+        "--confidence-threshold",
+        threshold,
+        "--opts",
+        "MODEL.WEIGHTS",
+        folder / "weights.pth",
+        *opts,
+        # fmt: on
+        datasets=folder,
+    )
+
+
+def test_folder_with_a_broken_image(folder):
+    output = folder / "from_folder"
+    result = demo(folder, "--input", folder / "images", "--output", output)
+    assert result.returncode == 1
+    assert "broken.jpg: not a readable image" in result.stdout
+    assert "1 of 3 images could not be read" in result.stdout
+    assert sorted(p.name for p in output.iterdir()) == ["a.jpg", "b.png"]
+    with Image.open(output / "b.png") as picture:
+        assert picture.size == (640, 480)
+        assert len(picture.getcolors(1 << 20)) > 1  # a score of 0 is enough to be drawn
+
+
+def test_glob_threshold_and_output_file(folder):
+    output = folder / "one.png"
+    pattern = folder / "images" / "a*.jpg"
+    result = demo(folder, "--input", pattern, "--output", output, threshold=0.99)
+    assert result.returncode == 0, result.stderr
+    assert "a.jpg: 0 objects" in result.stdout
+    with Image.open(output) as picture:
+        assert len(picture.getcolors(1 << 20)) == 1
+
+
+def test_video(folder):
+    output = folder / "videos"
+    result = demo(folder, "--video-input", folder / "clip.avi", "--output", output)
+    assert result.returncode == 0, result.stderr
+    assert [p.name for p in output.iterdir()] == ["clip.mp4"]
+    capture = cv2.VideoCapture(str(output / "clip.mp4"))
+    sizes = []
+    while (frame := capture.read())[0]:
+        sizes.append(frame[1].shape)
+    assert sizes == [(480, 640, 3)] * 3
+    assert capture.get(cv2.CAP_PROP_FPS) == pytest.approx(10)
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--input", "absent.jpg", "--output", "x"], "--input absent.jpg"),
+        (["--input", "{folder}/images"], "no display"),
+        (["--video-input", "absent.mp4", "--output", "x"], "cannot open the video absent.mp4"),
+        (["--input", "{folder}/images", "--output", "{folder}/images"], "overwrite the input"),
+    ],
+)
+def test_user_errors(folder, args, message):
+    result = demo(folder, *[arg.format(folder=folder) for arg in args])
+    assert result.returncode == 2
+    assert message in result.stderr.splitlines()[-1]
+    assert result.stderr.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in result.stderr
+
+
+def test_weights_of_another_model(folder):
+    result = demo(
+        folder,
+        *["--input", folder / "images", "--output", folder / "x"],
+        opts=["MODEL.RETINANET.NUM_CLASSES", 5],
+    )
+    assert result.returncode == 2
+    assert "weights.pth is a checkpoint of another model" in result.stderr

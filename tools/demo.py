@@ -1,0 +1,285 @@
+#!/usr/bin/env python
+"""Detect objects in images, folders, videos or a webcam's stream, and draw them."""
+
+import argparse
+import glob
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import detectron2.data.transforms as T
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.detection_utils import convert_PIL_to_numpy
+from detectron2.modeling import build_model
+from detectron2.structures import Instances
+from detectron2.utils.logger import setup_logger
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+import lsnet_d2  # noqa: F401  (registers the model, the backbones and the data sets)
+from lsnet_d2.checkpointer import LSNetCheckpointer
+from lsnet_d2.config_file import load_config
+from lsnet_d2.errors import UserError, exit_on_user_error
+from lsnet_d2.files import atomic_write
+from lsnet_d2.visualizer import LSNetVisualizer
+
+IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+WRITTEN_SUFFIXES = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
+WINDOW = "LSNet"
+
+logger = logging.getLogger("lsnet_d2.demo")
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config-file", required=True, metavar="FILE")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--input", nargs="+", metavar="PATH", help="images, folders or globs")
+    source.add_argument("--video-input", metavar="FILE")
+    source.add_argument("--webcam", action="store_true", help="the first camera")
+    parser.add_argument(
+        "--output",
+        metavar="PATH",
+        help="folder for the results, or a file for one image or video; "
+        "without it they are shown in a window",
+    )
+    parser.add_argument(
+        "--confidence-threshold", type=float, default=0.5, help="lowest score that is drawn"
+    )
+    parser.add_argument(
+        "--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs, at the end"
+    )
+    return parser
+
+
+class Detector:
+    """A model with its weights; (H, W, 3) RGB images in, instances and pictures out."""
+
+    def __init__(self, cfg: CfgNode, threshold: float) -> None:
+        self.threshold = threshold
+        for node in (cfg.MODEL.LSNET, cfg.MODEL.RETINANET, cfg.MODEL.ROI_HEADS):
+            node.SCORE_THRESH_TEST = min(node.SCORE_THRESH_TEST, threshold)
+        self.model = build_model(cfg).eval()
+        LSNetCheckpointer(self.model, cfg=cfg).load(
+            cfg.MODEL.WEIGHTS, checkpointables=[], strict=True
+        )
+        self.metadata = load_metadata(cfg)
+        self.format = cfg.INPUT.FORMAT
+        self.resize = T.ResizeShortestEdge(
+            [cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MIN_SIZE_TEST], cfg.INPUT.MAX_SIZE_TEST
+        )
+
+    @torch.no_grad()
+    def predict(self, image: np.ndarray) -> Instances:
+        height, width = image.shape[:2]
+        if self.format == "BGR":
+            image = image[:, :, ::-1]
+        resized = self.resize.get_transform(image).apply_image(image)
+        tensor = torch.as_tensor(np.ascontiguousarray(resized.transpose(2, 0, 1)))
+        output = self.model([{"image": tensor.float(), "height": height, "width": width}])[0]
+        instances = output["instances"].to("cpu")
+        return instances[instances.scores >= self.threshold]
+
+    def draw(self, image: np.ndarray) -> tuple[np.ndarray, int]:
+        """The picture (RGB) and the number of objects in it."""
+        instances = self.predict(image)
+        visualizer = LSNetVisualizer(image, self.metadata)
+        return visualizer.draw_instance_predictions(instances).get_image(), len(instances)
+
+
+def load_metadata(cfg: CfgNode):
+    """Metadata of the first test set; names of classes may come from its annotation file."""
+    if not cfg.DATASETS.TEST:
+        return None
+    metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
+    if not metadata.get("thing_classes"):
+        try:
+            DatasetCatalog.get(cfg.DATASETS.TEST[0])
+        except FileNotFoundError as error:
+            logger.warning("No names of classes: %s is missing", error.filename)
+    return metadata
+
+
+def find_images(patterns: list[str]) -> list[Path]:
+    """Files that the arguments name: files themselves, images in folders, matches of globs.
+
+    Raises:
+        UserError: an argument names nothing.
+    """
+    found: list[Path] = []
+    for pattern in patterns:
+        path = Path(pattern)
+        if path.is_dir():
+            files = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+        elif path.is_file():
+            files = [path]
+        else:
+            files = sorted(Path(name) for name in glob.glob(os.path.expanduser(pattern)))
+        if not files:
+            raise UserError(f"--input {pattern}: no such image, or folder without images")
+        found += files
+    return list(dict.fromkeys(found))
+
+
+def plan_outputs(images: list[Path], output: str) -> dict[Path, Path]:
+    """Where the picture of each image goes: below ``output`` as the images lie to one another.
+
+    Raises:
+        UserError: an image would be overwritten.
+    """
+    target = Path(output)
+    if len(images) == 1 and target.suffix.lower() in WRITTEN_SUFFIXES and not target.is_dir():
+        plan = {images[0]: target}
+    else:
+        root = os.path.commonpath([image.resolve().parent for image in images])
+        plan = {image: target / image.resolve().relative_to(root) for image in images}
+    for image, file in plan.items():
+        if file.suffix.lower() not in WRITTEN_SUFFIXES:
+            plan[image] = file.with_name(file.name + ".png")
+    sources = {image.resolve() for image in images}
+    for file in plan.values():
+        if file.resolve() in sources:
+            raise UserError(f"--output would overwrite the input {file}")
+    return plan
+
+
+def run_on_images(detector: Detector, patterns: list[str], output: str | None) -> int:
+    """Draw all images, going on after one that cannot be read. Returns how many could not."""
+    images = find_images(patterns)
+    plan = plan_outputs(images, output) if output else {}
+    failed = 0
+    for path in tqdm(images, disable=None):
+        start = time.perf_counter()
+        try:
+            image = read_image(path)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            logger.error("%s: not a readable image: %s", path, error)
+            failed += 1
+            continue
+        picture, count = detector.draw(image)
+        logger.info("%s: %d objects in %.2f s", path, count, time.perf_counter() - start)
+        if not output:
+            if not show(picture, wait=True):
+                break
+            continue
+        plan[path].parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(plan[path]) as file:
+            Image.fromarray(picture).save(
+                file, format=WRITTEN_SUFFIXES[plan[path].suffix.lower()], quality=95
+            )
+    if failed:
+        logger.error("%d of %d images could not be read", failed, len(images))
+    return failed
+
+
+def read_image(path: Path) -> np.ndarray:
+    """(H, W, 3) RGB, turned as the EXIF data say."""
+    with Image.open(path) as image:
+        return convert_PIL_to_numpy(ImageOps.exif_transpose(image), "RGB")
+
+
+def frames(capture: cv2.VideoCapture) -> Iterator[np.ndarray]:
+    """The rest of a stream, RGB."""
+    while True:
+        success, frame = capture.read()
+        if not success:
+            return
+        yield frame[:, :, ::-1]
+
+
+def run_on_video(detector: Detector, source: str | int, output: str | None) -> None:
+    """Draw a stream frame by frame, into a file or a window (q or Esc ends it)."""
+    capture = cv2.VideoCapture(source)
+    if not capture.isOpened():
+        what = "a camera" if isinstance(source, int) else f"the video {source}"
+        raise UserError(f"cannot open {what}")
+    target = partial = writer = None
+    if output:
+        target = Path(output)
+        if target.suffix.lower() not in {".mp4", ".mkv", ".avi"}:
+            stem = "webcam" if isinstance(source, int) else Path(source).stem
+            target = target / f"{stem}.mp4"
+        if not isinstance(source, int) and target.resolve() == Path(source).resolve():
+            raise UserError(f"--output would overwrite the input {target}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # the container is chosen by the suffix
+        partial = target.with_name(f".partial-{target.name}")
+    count = 0
+    try:
+        for frame in tqdm(frames(capture), unit="frame", disable=None):
+            picture, _ = detector.draw(frame)
+            count += 1
+            if target is None:
+                if not show(picture, wait=False):
+                    break
+                continue
+            if writer is None:
+                writer = open_video(partial, picture.shape[:2], capture.get(cv2.CAP_PROP_FPS))
+            writer.write(np.ascontiguousarray(picture[:, :, ::-1]))
+    except KeyboardInterrupt:
+        logger.info("Stopped by the user")
+    finally:
+        capture.release()
+        if writer is not None:
+            writer.release()
+    if count == 0:
+        raise UserError(f"there is no readable frame in {source}")
+    if target is not None:
+        os.replace(partial, target)
+        logger.info("%d frames written to %s", count, target)
+
+
+def open_video(path: Path, size: tuple[int, int], fps: float) -> cv2.VideoWriter:
+    height, width = size
+    codec = "mp4v" if path.suffix.lower() == ".mp4" else "XVID"
+    writer = cv2.VideoWriter(
+        str(path), cv2.VideoWriter_fourcc(*codec), fps if fps > 0 else 25.0, (width, height)
+    )
+    if not writer.isOpened():
+        raise UserError(f"OpenCV cannot write the video {path}")
+    return writer
+
+
+def show(picture: np.ndarray, wait: bool) -> bool:
+    """Show an RGB picture; False when the user wants no more (q or Esc)."""
+    cv2.imshow(WINDOW, np.ascontiguousarray(picture[:, :, ::-1]))
+    return cv2.waitKey(0 if wait else 1) not in (27, ord("q"))
+
+
+def require_window() -> None:
+    """
+    Raises:
+        UserError: there is no display, or OpenCV was built without windows.
+    """
+    # Without a display, some builds of OpenCV end the process
+    displays = ("DISPLAY", "WAYLAND_DISPLAY")
+    if sys.platform.startswith("linux") and not any(os.getenv(name) for name in displays):
+        raise UserError("there is no display to show pictures on: give --output")
+    try:
+        cv2.namedWindow(WINDOW, cv2.WINDOW_NORMAL)
+    except cv2.error as error:
+        raise UserError("this OpenCV cannot show windows (headless): give --output") from error
+
+
+@exit_on_user_error()
+def main() -> None:
+    args = get_parser().parse_args()
+    setup_logger(name="lsnet_d2")
+    setup_logger(name="fvcore")
+    if not args.output:
+        require_window()
+    detector = Detector(load_config(args.config_file, args.opts), args.confidence_threshold)
+    if args.input:
+        sys.exit(1 if run_on_images(detector, args.input, args.output) else 0)
+    run_on_video(detector, 0 if args.webcam else args.video_input, args.output)
+
+
+if __name__ == "__main__":
+    main()

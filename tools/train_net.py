@@ -1,0 +1,65 @@
+#!/usr/bin/env python
+"""Train and evaluate LSNet, or any of Detectron2's meta-architectures, from a config file."""
+
+import argparse
+import sys
+
+import torch
+from detectron2.engine import default_argument_parser, launch
+
+import lsnet_d2  # noqa: F401  (registers the model, the backbones and the data sets)
+from lsnet_d2.config_file import load_config
+from lsnet_d2.data.annotation_checks import AnnotationError
+from lsnet_d2.engine import LSNetTrainer, evaluate, setup
+from lsnet_d2.errors import ConfigError, exit_on_user_error
+
+
+@exit_on_user_error(AnnotationError)
+def run(args: argparse.Namespace) -> None:
+    """What each process does."""
+    cfg = setup(args)
+    if args.eval_only:
+        evaluate(cfg)
+        return
+    trainer = LSNetTrainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    trainer.train()
+
+
+def check_processes(args: argparse.Namespace) -> None:
+    """Refuse what would fail in the started processes, where it is hard to read."""
+    if not args.config_file:
+        raise ConfigError("give a --config-file")
+    device = torch.device(load_config(args.config_file, args.opts).MODEL.DEVICE)
+    if args.num_gpus < 1 or args.num_machines < 1:
+        raise ConfigError("--num-gpus and --num-machines count processes: give 1 or more")
+    if device.type == "cuda" and args.num_gpus > torch.cuda.device_count():
+        raise ConfigError(
+            f"--num-gpus is {args.num_gpus}, but there are {torch.cuda.device_count()} here"
+        )
+    several = args.num_gpus * args.num_machines > 1
+    if several and device.type != "cuda" and torch.cuda.is_available():
+        raise ConfigError(
+            f"several processes on {device} beside a GPU: hide it with CUDA_VISIBLE_DEVICES="
+        )
+
+
+@exit_on_user_error(AnnotationError)
+def main() -> None:
+    args = default_argument_parser().parse_args()
+    check_processes(args)
+    try:
+        launch(
+            run,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args,),
+        )
+    except torch.multiprocessing.ProcessExitedException as error:
+        sys.exit(error.exit_code)  # the process has said why
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+#!/usr/bin/env python
+"""Draw ground truth, as annotated or as the model gets it, with predictions beside it."""
+
+import argparse
+import copy
+import json
+import logging
+import random
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data.detection_utils import convert_image_to_rgb
+from detectron2.structures import Boxes, BoxMode, Instances
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.logger import setup_logger
+from PIL import Image
+from tqdm import tqdm
+
+import lsnet_d2  # noqa: F401  (registers the model, the backbones and the data sets)
+from lsnet_d2.config_file import load_config
+from lsnet_d2.data.annotation_checks import AnnotationError
+from lsnet_d2.engine import build_mapper, reporting_data_errors
+from lsnet_d2.errors import UserError, did_you_mean, exit_on_user_error
+from lsnet_d2.files import atomic_write
+from lsnet_d2.visualizer import LSNetVisualizer, read_rgb, side_by_side
+
+logger = logging.getLogger("lsnet_d2.visualize_data")
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config-file", required=True, metavar="FILE")
+    parser.add_argument(
+        "--source",
+        choices=["annotation", "dataloader"],
+        default="annotation",
+        help="annotation: what the file says; dataloader: augmented, as training gets it",
+    )
+    parser.add_argument(
+        "--dataset", metavar="NAME", help="a registered data set; the config's first by default"
+    )
+    parser.add_argument(
+        "--predictions", metavar="JSON", help="COCO results of an evaluation, drawn on the right"
+    )
+    parser.add_argument("--confidence-threshold", type=float, default=0.5)
+    parser.add_argument("--output-dir", required=True, metavar="DIR")
+    parser.add_argument("--num", type=int, default=20, help="number of pictures")
+    parser.add_argument("--shuffle", action="store_true", help="others than the first ones")
+    parser.add_argument("--seed", type=int, default=0, help="of the order and the augmentation")
+    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs")
+    return parser
+
+
+def load_dicts(cfg: CfgNode, args: argparse.Namespace) -> tuple[str, list[dict]]:
+    """Name and dataset dicts of the data set to draw: with predictions, a test set."""
+    names = cfg.DATASETS.TEST if args.predictions else cfg.DATASETS.TRAIN
+    if not args.dataset and not names:
+        raise UserError("the config names no data set: give --dataset")
+    name = args.dataset or names[0]
+    if name not in MetadataCatalog.list():
+        raise UserError(
+            f"data set {name!r} is not registered{did_you_mean(name, MetadataCatalog.list())}"
+        )
+    with reporting_data_errors([name]):
+        dicts = get_detection_dataset_dicts([name], filter_empty=False)
+    if args.shuffle:
+        random.Random(args.seed).shuffle(dicts)
+    return name, dicts[: args.num]
+
+
+def load_predictions(path: str, threshold: float) -> dict[int, list[dict]]:
+    """Results above a score, by image.
+
+    Raises:
+        UserError: no such file, or not a list of COCO results.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            results = json.load(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--predictions {path}: {error}") from error
+    if not isinstance(results, list):
+        raise UserError(f"--predictions {path}: not a list of COCO results")
+    by_image = defaultdict(list)
+    for index, result in enumerate(results):
+        missing = [k for k in ("image_id", "category_id", "bbox", "score") if k not in result]
+        if missing:
+            raise UserError(f"--predictions {path}: result number {index} has no {missing[0]!r}")
+        if result["score"] >= threshold:
+            by_image[result["image_id"]].append(result)
+    return by_image
+
+
+def to_instances(
+    results: list[dict], image_size: tuple[int, int], ids: dict[int, int]
+) -> Instances:
+    """COCO results of one image as the predictions that they were.
+
+    Args:
+        image_size: (height, width).
+        ids: contiguous class of each category id.
+    """
+    instances = Instances(image_size)
+    boxes = torch.tensor([r["bbox"] for r in results], dtype=torch.float32).reshape(-1, 4)
+    instances.pred_boxes = Boxes(BoxMode.convert(boxes, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS))
+    instances.scores = torch.tensor([float(r["score"]) for r in results])
+    instances.pred_classes = torch.tensor([ids[r["category_id"]] for r in results]).long()
+    if all("extreme_points" in r for r in results):
+        points = torch.tensor([r["extreme_points"] for r in results], dtype=torch.float32)
+        instances.pred_extreme_points = points.reshape(-1, 4, 2)
+    return instances
+
+
+def draw_annotation(record: dict, metadata) -> np.ndarray:
+    visualizer = LSNetVisualizer(read_rgb(record["file_name"]), metadata)
+    return visualizer.draw_dataset_dict(record).get_image()
+
+
+def draw_mapped(record: dict, metadata, image_format: str) -> np.ndarray:
+    image = convert_image_to_rgb(record["image"].permute(1, 2, 0), image_format)
+    visualizer = LSNetVisualizer(image, metadata)
+    if len(record.get("ignore_boxes", ())):
+        visualizer.draw_ignored(record["ignore_boxes"])
+    return visualizer.draw_ground_truth(record["instances"]).get_image()
+
+
+def draw_predictions(
+    record: dict, metadata, results: list[dict], ids: dict[int, int]
+) -> np.ndarray:
+    image = read_rgb(record["file_name"])
+    visualizer = LSNetVisualizer(image, metadata)
+    instances = to_instances(results, image.shape[:2], ids)
+    return visualizer.draw_instance_predictions(instances).get_image()
+
+
+@exit_on_user_error(AnnotationError)
+def main() -> None:
+    parser = get_parser()
+    args = parser.parse_args()
+    if args.predictions and args.source == "dataloader":
+        parser.error("predictions belong to whole images: use --source annotation")
+    setup_logger(name="lsnet_d2")
+    cfg = load_config(args.config_file, args.opts)
+    predictions = None
+    if args.predictions:
+        predictions = load_predictions(args.predictions, args.confidence_threshold)
+    name, dicts = load_dicts(cfg, args)
+    metadata = MetadataCatalog.get(name)
+    ids = metadata.get("thing_dataset_id_to_contiguous_id") or {
+        index: index for index in range(len(metadata.get("thing_classes", [])))
+    }
+    if predictions:
+        check_predictions(predictions, args.predictions, ids)
+    mapper = build_mapper(cfg, is_train=True) if args.source == "dataloader" else None
+    seed_all_rng(args.seed)
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, record in enumerate(tqdm(dicts, disable=None)):
+        if mapper:
+            mapped = mapper(copy.deepcopy(record))
+            picture = draw_mapped(mapped, metadata, cfg.INPUT.FORMAT)
+        else:
+            picture = draw_annotation(record, metadata)
+        if predictions is not None:
+            results = predictions.get(record["image_id"], [])
+            picture = side_by_side(picture, draw_predictions(record, metadata, results, ids))
+        with atomic_write(folder / f"{index:04d}_{Path(record['file_name']).stem}.png") as file:
+            Image.fromarray(picture).save(file, format="PNG")
+    logger.info("%d pictures written to %s", len(dicts), folder)
+
+
+def check_predictions(predictions: dict[int, list[dict]], path: str, ids: dict[int, int]) -> None:
+    """
+    Raises:
+        UserError: a category is not one of the data set's.
+    """
+    for results in predictions.values():
+        for result in results:
+            if result["category_id"] not in ids:
+                raise UserError(
+                    f"--predictions {path}: category {result['category_id']} of image "
+                    f"{result['image_id']} is not in the data set"
+                )
+
+
+if __name__ == "__main__":
+    main()
