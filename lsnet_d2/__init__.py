@@ -1,10 +1,19 @@
 """LSNet for Detectron2: boxes with extreme points from anchor points with landmark vectors.
 
-Importing this package registers the meta-architecture, the backbones and the ``shapes`` data set.
+Importing this package registers the meta-architecture, the backbones and the data sets.
 """
 
+try:
+    import detectron2  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "lsnet_d2 needs Detectron2, which pip cannot install by its name: run `make setup` in the "
+        "checkout, or pip install --no-build-isolation "
+        "'git+https://github.com/facebookresearch/detectron2'"
+    ) from error
+
 from .config import add_lsnet_config
-from .data import builtin  # registers the data set
+from .data import builtin
 from .modeling import LSNet
 
 __all__ = ["LSNet", "add_lsnet_config", "builtin"]

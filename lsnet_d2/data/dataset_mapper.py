@@ -12,7 +12,6 @@ from detectron2.data import DatasetMapper
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 from detectron2.structures import BitMasks, Boxes, BoxMode, Instances, Keypoints, PolygonMasks
-from detectron2.utils.logger import log_first_n
 
 from ..errors import ConfigError
 from .annotation_checks import AnnotationError, name_annotation
@@ -20,6 +19,8 @@ from .extreme_points import as_extreme_points, extreme_points, side_midpoints
 from .images import ImageError, read_image
 from .polygons import bounding_box, decode_rle, segmentation_to_polygons
 from .viewport import Viewport
+
+logger = logging.getLogger(__name__)
 
 EXTREME_POINT_SOURCES = ("segmentation", "annotation")
 _MIN_SIDE = 1e-5  # pixels; what is thinner is not to be seen (as in Detectron2)
@@ -87,6 +88,7 @@ class LSNetDatasetMapper(DatasetMapper):
                 f"{', '.join(EXTREME_POINT_SOURCES)}"
             )
         self.extreme_points = extreme_points
+        self._reported_box_only = False
         # Fields of landmarks: what derives them from an object, and the shape of one object's.
         self.landmarks: dict[
             str, tuple[Callable[[VisibleObject, Viewport], np.ndarray], tuple[int, ...]]
@@ -208,12 +210,20 @@ class LSNetDatasetMapper(DatasetMapper):
         elif seen.polygons:
             points = extreme_points(seen.polygons, joined=False)
         else:
-            _say_once(
-                f"{seen.name}: only a box to go by; the middles of its sides are its "
-                "extreme points. Further such objects are not reported."
-            )
+            self._report_box_only(seen.name)
             points = side_midpoints(seen.box)
         return np.clip(points, 0, [width, height])
+
+    def _report_box_only(self, name: str) -> None:
+        """Say it once, and of several workers let the first one speak."""
+        worker = torch.utils.data.get_worker_info()
+        if not self._reported_box_only and (worker is None or worker.id == 0):
+            logger.warning(
+                "%s: only a box to go by; the middles of its sides are its extreme points. "
+                "Further such objects are not reported.",
+                name,
+            )
+        self._reported_box_only = True
 
     def _masks(self, objects: list[VisibleObject], viewport: Viewport) -> PolygonMasks | BitMasks:
         """Polygons; or bitmaps, which keep the holes of an RLE. A box where there is only that."""
@@ -259,9 +269,3 @@ def _rectangle(box: np.ndarray) -> np.ndarray:
 
 def _to_tensor(rows: list[np.ndarray], shape: tuple[int, ...]) -> torch.Tensor:
     return torch.from_numpy(np.array(rows, dtype=np.float32).reshape(-1, *shape))
-
-
-def _say_once(message: str) -> None:
-    worker = torch.utils.data.get_worker_info()
-    if worker is None or worker.id == 0:
-        log_first_n(logging.WARNING, message, name=__name__)

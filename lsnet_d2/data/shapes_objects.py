@@ -162,8 +162,8 @@ def _star(rng: np.random.Generator) -> Outline:
 
 
 def _arrow(rng: np.random.Generator) -> Outline:
-    """Thin: a shaft and a head; the shaft is an eighth of the length or less."""
-    shaft, head = rng.uniform(0.09, 0.13), rng.uniform(0.24, 0.34)
+    """Thin: a shaft and a head; the shaft is about a sixth of the length."""
+    shaft, head = rng.uniform(0.14, 0.19), rng.uniform(0.34, 0.44)
     neck = 1 - rng.uniform(0.5, 0.75)
     half = [[-1, -shaft], [neck, -shaft], [neck, -head], [1, 0]]
     points = np.array(half + [[x, -y] for x, y in half[2::-1]])

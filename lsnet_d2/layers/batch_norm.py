@@ -1,15 +1,15 @@
 """Batch norm with fixed statistics."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class FixedBatchNorm2d(nn.Module):
+class FixedBatchNorm2d(nn.BatchNorm2d):
     """Batch norm that keeps its statistics, in training too, and learns weight and bias.
 
     As in the released code. Detectron2's ``FrozenBatchNorm2d`` fixes weight and bias as well.
-    Weights are those of :class:`torch.nn.BatchNorm2d`.
+    Weights are those of :class:`torch.nn.BatchNorm2d` but for the count of batches. Being one, it
+    is a norm for ``SOLVER.WEIGHT_DECAY_NORM`` too.
 
     Args:
         num_features: C, for inputs (B, C, H, W).
@@ -17,34 +17,35 @@ class FixedBatchNorm2d(nn.Module):
     """
 
     def __init__(self, num_features: int, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.num_features = num_features
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(num_features))
-        self.bias = nn.Parameter(torch.zeros(num_features))
-        self.register_buffer("running_mean", torch.zeros(num_features))
-        self.register_buffer("running_var", torch.ones(num_features))
+        super().__init__(num_features, eps, momentum=0.0)
+        self.num_batches_tracked = None  # counts what does not happen here
 
     def forward(self, x: Tensor) -> Tensor:
         return F.batch_norm(
             x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
         )
 
-    def extra_repr(self) -> str:
-        return f"{self.num_features}, eps={self.eps}"
-
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        state_dict.pop(prefix + "num_batches_tracked", None)  # counts what does not happen here
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args) -> None:
+        state_dict.pop(prefix + "num_batches_tracked", None)
+        # weights without a version would be given a count again
+        local_metadata = {**local_metadata, "version": self._version}
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     @classmethod
     def convert(cls, module: nn.Module) -> nn.Module:
-        """Replace every :class:`torch.nn.BatchNorm2d` in ``module``; returns ``module``."""
+        """Replace every batch norm in ``module``; what is trained stays so.
+
+        Returns:
+            ``module``, or its replacement where it is a batch norm itself.
+        """
+        if isinstance(module, cls):
+            return module
+        if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
+            norm = cls(module.num_features, module.eps)
+            norm.load_state_dict(module.state_dict())
+            for ours, theirs in zip(norm.parameters(), module.parameters(), strict=True):
+                ours.requires_grad_(theirs.requires_grad)
+            return norm
         for name, child in module.named_children():
-            if isinstance(child, nn.BatchNorm2d):
-                norm = cls(child.num_features, child.eps)
-                norm.load_state_dict(child.state_dict())
-                setattr(module, name, norm)
-            else:
-                cls.convert(child)
+            setattr(module, name, cls.convert(child))
         return module

@@ -81,7 +81,7 @@ def table(rows: list[Row]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--iterations", type=int, default=900)
+    parser.add_argument("--iterations", type=int, default=1450)
     parser.add_argument("--output", type=Path, default=ROOT / "output/shapes_compare")
     args = parser.parse_args()
 

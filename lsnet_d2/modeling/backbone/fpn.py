@@ -54,6 +54,8 @@ def build_lsnet_fpn(cfg: CfgNode, bottom_up: Backbone) -> FPN:
     in_features = cfg.MODEL.FPN.IN_FEATURES
     out_channels = cfg.MODEL.FPN.OUT_CHANNELS
     shapes = bottom_up.output_shape()
+    if not in_features:
+        raise ValueError(f"MODEL.FPN.IN_FEATURES is empty; the backbone gives {sorted(shapes)}")
     missing = [name for name in in_features if name not in shapes]
     if missing:
         raise ValueError(

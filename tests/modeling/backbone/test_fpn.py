@@ -61,6 +61,13 @@ def test_detectron2s_retinanet_trains_on_it(name):
     assert all(g is not None and g.isfinite().all() for g in grads)
 
 
+def test_no_features_names_the_key():
+    cfg = make_cfg("build_lsnet_resnet_fpn_backbone")
+    cfg.MODEL.FPN.IN_FEATURES = []
+    with pytest.raises(ValueError, match=r"MODEL\.FPN\.IN_FEATURES is empty"):
+        build_backbone(cfg, ShapeSpec(channels=3))
+
+
 def test_unknown_feature_names_the_key():
     cfg = make_cfg("build_lsnet_resnet_fpn_backbone")
     cfg.MODEL.FPN.IN_FEATURES = ["res3", "stride8"]
