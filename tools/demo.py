@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import cv2
 import detectron2.data.transforms as T
@@ -28,7 +29,8 @@ from lsnet_d2.checkpointer import LSNetCheckpointer
 from lsnet_d2.config_file import load_config
 from lsnet_d2.errors import UserError, exit_on_user_error
 from lsnet_d2.files import atomic_write
-from lsnet_d2.visualizer import LSNetVisualizer
+from lsnet_d2.tracking import Tracker
+from lsnet_d2.visualizer import CONTOUR_STYLES, LSNetVisualizer
 
 IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 WRITTEN_SUFFIXES = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
@@ -54,6 +56,15 @@ def get_parser() -> argparse.ArgumentParser:
         "--confidence-threshold", type=float, default=0.5, help="lowest score that is drawn"
     )
     parser.add_argument(
+        "--keypoint-threshold",
+        type=float,
+        default=0.05,
+        help="keypoints are drawn above this score of their own",
+    )
+    parser.add_argument(
+        "--contours", choices=CONTOUR_STYLES, default="filled", help="how contours are drawn"
+    )
+    parser.add_argument(
         "--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs, at the end"
     )
     return parser
@@ -62,8 +73,14 @@ def get_parser() -> argparse.ArgumentParser:
 class Detector:
     """A model with its weights; (H, W, 3) RGB images in, instances and pictures out."""
 
-    def __init__(self, cfg: CfgNode, threshold: float) -> None:
+    def __init__(self, cfg: CfgNode, threshold: float, **style: Any) -> None:
+        """
+        Args:
+            threshold: lowest score of a detection.
+            style: of :class:`LSNetVisualizer`.
+        """
         self.threshold = threshold
+        self.style = style
         for node in (cfg.MODEL.LSNET, cfg.MODEL.RETINANET, cfg.MODEL.ROI_HEADS):
             node.SCORE_THRESH_TEST = min(node.SCORE_THRESH_TEST, threshold)
         self.model = build_model(cfg).eval()
@@ -87,11 +104,18 @@ class Detector:
         instances = output["instances"].to("cpu")
         return instances[instances.scores >= self.threshold]
 
-    def draw(self, image: np.ndarray) -> tuple[np.ndarray, int]:
-        """The picture (RGB) and the number of objects in it."""
+    def draw(self, image: np.ndarray, tracker: Tracker | None = None) -> tuple[np.ndarray, int]:
+        """The picture (RGB) and the number of objects in it.
+
+        Args:
+            tracker: of the video that the image is the next frame of; it chooses the colours.
+        """
         instances = self.predict(image)
-        visualizer = LSNetVisualizer(image, self.metadata)
-        return visualizer.draw_instance_predictions(instances).get_image(), len(instances)
+        visualizer = LSNetVisualizer(image, self.metadata, **self.style)
+        picture = visualizer.draw_instance_predictions(
+            instances, identities=tracker.update(instances) if tracker else None
+        )
+        return picture.get_image(), len(instances)
 
 
 def load_metadata(cfg: CfgNode):
@@ -212,9 +236,10 @@ def run_on_video(detector: Detector, source: str | int, output: str | None) -> N
         # the container is chosen by the suffix
         partial = target.with_name(f".partial-{target.name}")
     count = 0
+    tracker = Tracker()
     try:
         for frame in tqdm(frames(capture), unit="frame", disable=None):
-            picture, _ = detector.draw(frame)
+            picture, _ = detector.draw(frame, tracker)
             count += 1
             if target is None:
                 if not show(picture, wait=False):
@@ -275,7 +300,12 @@ def main() -> None:
     setup_logger(name="fvcore")
     if not args.output:
         require_window()
-    detector = Detector(load_config(args.config_file, args.opts), args.confidence_threshold)
+    detector = Detector(
+        load_config(args.config_file, args.opts),
+        args.confidence_threshold,
+        contours=args.contours,
+        keypoint_threshold=args.keypoint_threshold,
+    )
     if args.input:
         sys.exit(1 if run_on_images(detector, args.input, args.output) else 0)
     run_on_video(detector, 0 if args.webcam else args.video_input, args.output)

@@ -23,10 +23,14 @@ from tqdm import tqdm
 import lsnet_d2  # noqa: F401  (registers the model, the backbones and the data sets)
 from lsnet_d2.config_file import load_config
 from lsnet_d2.data.annotation_checks import AnnotationError
+from lsnet_d2.data.polygons import decode_rle
 from lsnet_d2.engine import build_mapper, reporting_data_errors
 from lsnet_d2.errors import UserError, did_you_mean, exit_on_user_error
 from lsnet_d2.files import atomic_write
-from lsnet_d2.visualizer import LSNetVisualizer, read_rgb, side_by_side
+from lsnet_d2.visualizer import CONTOUR_STYLES, LSNetVisualizer, read_rgb, side_by_side
+
+# What a result may have besides its box, and the shape of an object's; 0 is any number above 0.
+LANDMARKS = {"extreme_points": (4, 2), "contour": (0, 2), "keypoints": (0, 3)}
 
 logger = logging.getLogger("lsnet_d2.visualize_data")
 
@@ -47,6 +51,18 @@ def get_parser() -> argparse.ArgumentParser:
         "--predictions", metavar="JSON", help="COCO results of an evaluation, drawn on the right"
     )
     parser.add_argument("--confidence-threshold", type=float, default=0.5)
+    parser.add_argument(
+        "--keypoint-threshold",
+        type=float,
+        default=0.05,
+        help="predicted keypoints are drawn above this score of their own",
+    )
+    parser.add_argument(
+        "--contours",
+        choices=CONTOUR_STYLES,
+        default="filled",
+        help="how contours and masks are drawn",
+    )
     parser.add_argument("--output-dir", required=True, metavar="DIR")
     parser.add_argument("--num", type=int, default=20, help="number of pictures")
     parser.add_argument("--shuffle", action="store_true", help="others than the first ones")
@@ -73,10 +89,11 @@ def load_dicts(cfg: CfgNode, args: argparse.Namespace) -> tuple[str, list[dict]]
 
 
 def load_predictions(path: str, threshold: float) -> dict[int, list[dict]]:
-    """Results above a score, by image.
+    """Results above a score, by image. Landmarks are arrays of the shapes in LANDMARKS.
 
     Raises:
-        UserError: no such file, or not a list of COCO results.
+        UserError: no such file, or not a list of COCO results, or landmarks that are malformed or
+            that only some of the results have.
     """
     try:
         with open(path, encoding="utf-8") as file:
@@ -85,13 +102,28 @@ def load_predictions(path: str, threshold: float) -> dict[int, list[dict]]:
         raise UserError(f"--predictions {path}: {error}") from error
     if not isinstance(results, list):
         raise UserError(f"--predictions {path}: not a list of COCO results")
+    shapes = {key: shape for key, shape in LANDMARKS.items() if any(key in r for r in results)}
+    masks = ["segmentation"] if any("segmentation" in r for r in results) else []
     by_image = defaultdict(list)
     for index, result in enumerate(results):
-        missing = [k for k in ("image_id", "category_id", "bbox", "score") if k not in result]
+        where = f"--predictions {path}: result number {index}"
+        needed = ("image_id", "category_id", "bbox", "score", *shapes, *masks)
+        missing = [key for key in needed if key not in result]
         if missing:
-            raise UserError(f"--predictions {path}: result number {index} has no {missing[0]!r}")
-        if result["score"] >= threshold:
-            by_image[result["image_id"]].append(result)
+            raise UserError(f"{where} has no {missing[0]!r}")
+        if result["score"] < threshold:
+            continue
+        for key, shape in shapes.items():
+            try:
+                values = np.array(result[key], dtype=np.float32)
+                if not values.size or not np.isfinite(values).all():
+                    raise ValueError("not finite numbers")
+                result[key] = values.reshape([size or -1 for size in shape])
+            except (TypeError, ValueError) as error:
+                raise UserError(f"{where}: malformed {key!r}: {error}") from error
+            # all are like the first one
+            shapes[key] = result[key].shape
+        by_image[result["image_id"]].append(result)
     return by_image
 
 
@@ -101,38 +133,71 @@ def to_instances(
     """COCO results of one image as the predictions that they were.
 
     Args:
+        results: of :func:`load_predictions`.
         image_size: (height, width).
         ids: contiguous class of each category id.
+
+    Raises:
+        UserError: a mask is no RLE, damaged, or of another size than the image.
     """
     instances = Instances(image_size)
     boxes = torch.tensor([r["bbox"] for r in results], dtype=torch.float32).reshape(-1, 4)
     instances.pred_boxes = Boxes(BoxMode.convert(boxes, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS))
     instances.scores = torch.tensor([float(r["score"]) for r in results])
     instances.pred_classes = torch.tensor([ids[r["category_id"]] for r in results]).long()
-    if all("extreme_points" in r for r in results):
-        points = torch.tensor([r["extreme_points"] for r in results], dtype=torch.float32)
-        instances.pred_extreme_points = points.reshape(-1, 4, 2)
+    if not results:
+        return instances
+
+    def stacked(key: str) -> torch.Tensor:
+        return torch.from_numpy(np.stack([r[key] for r in results]))
+
+    if "extreme_points" in results[0]:
+        instances.pred_extreme_points = stacked("extreme_points")
+    if "contour" in results[0]:  # the mask was made from it
+        instances.pred_contours = stacked("contour")
+    elif "segmentation" in results[0]:
+        instances.pred_masks = torch.stack([to_mask(r, image_size) for r in results])
+    if "keypoints" in results[0]:
+        keypoints = stacked("keypoints")
+        keypoints[:, :, :2] += 0.5  # Detectron2's evaluator writes them as indices of pixels
+        instances.pred_keypoints = keypoints
     return instances
 
 
-def draw_annotation(record: dict, metadata) -> np.ndarray:
-    visualizer = LSNetVisualizer(read_rgb(record["file_name"]), metadata)
+def to_mask(result: dict, image_size: tuple[int, int]) -> torch.Tensor:
+    """The RLE of a result as a mask (H, W) bool.
+
+    Raises:
+        UserError: it is none, damaged, or of another size than the image.
+    """
+    try:
+        if not isinstance(result["segmentation"], dict):
+            raise ValueError("its 'segmentation' is not an RLE")
+        return torch.from_numpy(decode_rle(result["segmentation"], *image_size)).bool()
+    except ValueError as error:
+        raise UserError(
+            f"--predictions: a result of image {result['image_id']}: {error}"
+        ) from error
+
+
+def draw_annotation(record: dict, metadata, **style) -> np.ndarray:
+    visualizer = LSNetVisualizer(read_rgb(record["file_name"]), metadata, **style)
     return visualizer.draw_dataset_dict(record).get_image()
 
 
-def draw_mapped(record: dict, metadata, image_format: str) -> np.ndarray:
+def draw_mapped(record: dict, metadata, image_format: str, **style) -> np.ndarray:
     image = convert_image_to_rgb(record["image"].permute(1, 2, 0), image_format)
-    visualizer = LSNetVisualizer(image, metadata)
+    visualizer = LSNetVisualizer(image, metadata, **style)
     if len(record.get("ignore_boxes", ())):
         visualizer.draw_ignored(record["ignore_boxes"])
     return visualizer.draw_ground_truth(record["instances"]).get_image()
 
 
 def draw_predictions(
-    record: dict, metadata, results: list[dict], ids: dict[int, int]
+    record: dict, metadata, results: list[dict], ids: dict[int, int], **style
 ) -> np.ndarray:
     image = read_rgb(record["file_name"])
-    visualizer = LSNetVisualizer(image, metadata)
+    visualizer = LSNetVisualizer(image, metadata, **style)
     instances = to_instances(results, image.shape[:2], ids)
     return visualizer.draw_instance_predictions(instances).get_image()
 
@@ -157,17 +222,19 @@ def main() -> None:
         check_predictions(predictions, args.predictions, ids)
     mapper = build_mapper(cfg, is_train=True) if args.source == "dataloader" else None
     seed_all_rng(args.seed)
+    style = {"contours": args.contours, "keypoint_threshold": args.keypoint_threshold}
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     for index, record in enumerate(tqdm(dicts, disable=None)):
         if mapper:
             mapped = mapper(copy.deepcopy(record))
-            picture = draw_mapped(mapped, metadata, cfg.INPUT.FORMAT)
+            picture = draw_mapped(mapped, metadata, cfg.INPUT.FORMAT, **style)
         else:
-            picture = draw_annotation(record, metadata)
+            picture = draw_annotation(record, metadata, **style)
         if predictions is not None:
             results = predictions.get(record["image_id"], [])
-            picture = side_by_side(picture, draw_predictions(record, metadata, results, ids))
+            right = draw_predictions(record, metadata, results, ids, **style)
+            picture = side_by_side(picture, right)
         with atomic_write(folder / f"{index:04d}_{Path(record['file_name']).stem}.png") as file:
             Image.fromarray(picture).save(file, format="PNG")
     logger.info("%d pictures written to %s", len(dicts), folder)

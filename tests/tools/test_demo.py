@@ -1,13 +1,22 @@
+import importlib.util
+
 import cv2
 import numpy as np
 import pytest
 import tiny_coco
+import torch
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
 from PIL import Image
-from tiny_coco import run_tool
+from tiny_coco import ROOT, run_tool
 
 from lsnet_d2.checkpointer import LSNetCheckpointer
 from lsnet_d2.config_file import load_config
+from lsnet_d2.visualizer import PALETTE
+
+spec = importlib.util.spec_from_file_location("demo", ROOT / "tools/demo.py")
+demo_tool = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(demo_tool)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +64,11 @@ def demo(folder, *args, threshold=0.0, opts=()):
 
 def test_folder_with_a_broken_image(folder):
     output = folder / "from_folder"
-    result = demo(folder, "--input", folder / "images", "--output", output)
+    result = demo(
+        folder,
+        *["--input", folder / "images", "--output", output],
+        *["--contours", "outlined", "--keypoint-threshold", 0.3],
+    )
     assert result.returncode == 1
     assert "broken.jpg: not a readable image" in result.stdout
     assert "1 of 3 images could not be read" in result.stdout
@@ -86,6 +99,49 @@ def test_video(folder):
         sizes.append(frame[1].shape)
     assert sizes == [(480, 640, 3)] * 3
     assert capture.get(cv2.CAP_PROP_FPS) == pytest.approx(10)
+
+
+def test_objects_of_a_video_keep_their_colours(folder, monkeypatch, tmp_path):
+    """Two objects pass each other on lines of their own and come in another order each time."""
+    writer = cv2.VideoWriter(
+        str(tmp_path / "clip.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 10, (320, 240)
+    )
+    for _ in range(12):
+        writer.write(np.full((240, 320, 3), 90, np.uint8))
+    writer.release()
+    step = iter(range(12))
+    lefts = []
+
+    def predict(self, image):
+        number = next(step)
+        upper, lower = 20 + 20.0 * number, 240 - 20.0 * number
+        lefts.append((upper, lower))
+        boxes = torch.tensor([[upper, 40, upper + 60, 140], [lower, 120, lower + 60, 220]])
+        order = [0, 1] if number % 2 else [1, 0]
+        instances = Instances((240, 320))
+        instances.pred_boxes = Boxes(boxes[order])
+        instances.pred_classes = torch.zeros(2, dtype=torch.int64)
+        return instances
+
+    monkeypatch.setattr(demo_tool.Detector, "predict", predict)
+    cfg = load_config(
+        str(folder / "tiny.yaml"),
+        ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", str(folder / "weights.pth")],
+    )
+    detector = demo_tool.Detector(cfg, 0.5, contours="outlined")
+    demo_tool.run_on_video(detector, str(tmp_path / "clip.avi"), str(tmp_path / "out.mp4"))
+    capture = cv2.VideoCapture(str(tmp_path / "out.mp4"))
+    palette = 255 * np.array(PALETTE[:2])
+    for upper, lower in lefts:
+        picture = capture.read()[1][:, :, ::-1].astype(float)
+        # a stretch of each left side where the other box is not; the output is twice as large
+        for left, y, expected in ((upper, slice(180, 220), 1), (lower, slice(300, 420), 0)):
+            x = round(2 * left)
+            patch = picture[y, x - 2 : x + 3].mean(axis=0)
+            line = patch[np.abs(patch - 90).max(axis=1).argmax()]  # blurred by the codec
+            direction = (line - 90) / np.linalg.norm(line - 90)
+            wanted = (palette - 90) / np.linalg.norm(palette - 90, axis=1, keepdims=True)
+            assert (wanted @ direction).argmax() == expected
 
 
 @pytest.mark.parametrize(

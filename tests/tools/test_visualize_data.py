@@ -1,12 +1,22 @@
+import importlib.util
 import json
 
 import numpy as np
 import pytest
 import tiny_coco
+import torch
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.structures import Boxes, Instances
 from PIL import Image
-from tiny_coco import run_tool
+from tiny_coco import ROOT, run_tool
+
+from lsnet_d2.errors import UserError
 
 FILES = ["0000_000000000001.png", "0001_000000000002.png"]
+
+spec = importlib.util.spec_from_file_location("visualize_data", ROOT / "tools/visualize_data.py")
+visualize_data = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(visualize_data)
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +66,131 @@ def test_predictions_beside_ground_truth(data):
     assert (second[:, :640] != blank).any()
     blank = read(data / "coco" / "val2017" / "000000000001.png")
     assert (first[:, 646:] != blank.repeat(10, axis=0).repeat(10, axis=1)).any()
+
+
+def make_predictions():
+    """Two objects with all that a model may predict."""
+    predictions = Instances((48, 64))
+    predictions.pred_boxes = Boxes(torch.tensor([[12.0, 10, 36, 30], [40, 8, 60, 44]]))
+    predictions.scores = torch.tensor([0.9, 0.8])
+    predictions.pred_classes = torch.tensor([0, 2])
+    masks = torch.zeros(2, 48, 64, dtype=torch.bool)
+    masks[0, 10:30, 12:36] = True
+    masks[1, 8:44, 40:60] = True
+    predictions.pred_masks = masks
+    predictions.pred_keypoints = torch.tensor(
+        [[[20.25, 15, 0.9], [30, 25.75, 0.01]], [[45, 10, 0.3], [50, 40, 0.6]]]
+    )
+    return predictions
+
+
+def write_results(path, predictions, *, contour=False):
+    """What Detectron2 writes, with our landmarks beside it."""
+    results = instances_to_coco_json(predictions, 1)
+    for result in results:
+        x, y, w, h = result["bbox"]
+        result["extreme_points"] = [[x + 3, y], [x, y + 4], [x + 5, y + h], [x + w, y + 6]]
+        if contour:
+            corners = [[x, y], [x, y + h], [x + w, y + h], [x + w, y]]
+            result["contour"] = [[x + w / 2, y], *corners]
+    path.write_text(json.dumps(results))
+    return results
+
+
+@pytest.mark.parametrize("contour", [False, True])
+def test_results_become_the_predictions_that_they_were(tmp_path, contour):
+    expected = make_predictions()
+    keypoints = expected.pred_keypoints.clone()
+    results = write_results(tmp_path / "results.json", expected, contour=contour)
+    assert results[0]["keypoints"][0] == 19.75  # an index of a pixel
+    loaded = visualize_data.load_predictions(str(tmp_path / "results.json"), 0.85)
+    assert {image: len(found) for image, found in loaded.items()} == {1: 1}
+    loaded = visualize_data.load_predictions(str(tmp_path / "results.json"), 0.5)
+    instances = visualize_data.to_instances(loaded[1], (48, 64), {0: 0, 2: 2})
+    assert torch.equal(instances.pred_boxes.tensor, expected.pred_boxes.tensor)
+    assert torch.equal(instances.pred_classes, expected.pred_classes)
+    assert torch.allclose(instances.scores, expected.scores)
+    assert torch.allclose(instances.pred_keypoints, keypoints)
+    assert instances.pred_extreme_points[0].tolist() == [[15, 10], [12, 14], [17, 30], [36, 16]]
+    assert instances.has("pred_contours") == contour
+    assert instances.has("pred_masks") != contour
+    if contour:
+        assert instances.pred_contours.shape == (2, 5, 2)
+        assert instances.pred_contours[1, 0].tolist() == [50, 8]
+    else:
+        assert torch.equal(instances.pred_masks, expected.pred_masks)
+
+
+def test_images_without_results():
+    instances = visualize_data.to_instances([], (48, 64), {})
+    assert len(instances) == 0 and set(instances.get_fields()) == {
+        "pred_boxes",
+        "scores",
+        "pred_classes",
+    }
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("contour", None, "number 1 has no 'contour'"),
+        ("keypoints", [1, 2, 1] * 3, "number 1: malformed 'keypoints'"),
+        ("keypoints", "none", "number 1: malformed 'keypoints'"),
+        ("extreme_points", [[1, 2], [3, 4]], "number 1: malformed 'extreme_points'"),
+        ("contour", [], "number 1: malformed 'contour'"),
+        ("contour", [[1, float("nan")]] * 5, "number 1: malformed 'contour'"),
+    ],
+)
+def test_malformed_landmarks(tmp_path, key, value, message):
+    path = tmp_path / "results.json"
+    results = write_results(path, make_predictions(), contour=True)
+    results[1][key] = value
+    if value is None:
+        del results[1][key]
+    path.write_text(json.dumps(results))
+    with pytest.raises(UserError, match=message):
+        visualize_data.load_predictions(str(path), 0.5)
+
+
+@pytest.mark.parametrize(
+    "segmentation, message",
+    [
+        ([[1, 2, 3, 4, 5, 6]], "image 1: its 'segmentation' is not an RLE"),
+        ({"size": [48, 32], "counts": "a"}, r"image 1: .*\[48, 32\]"),
+    ],
+)
+def test_unusable_masks(tmp_path, segmentation, message):
+    results = write_results(tmp_path / "results.json", make_predictions())
+    results[0]["segmentation"] = segmentation
+    with pytest.raises(UserError, match=message):
+        visualize_data.to_instances(results, (48, 64), {0: 0, 2: 2})
+
+
+@pytest.mark.parametrize("style", ["filled", "outlined"])
+def test_contours_are_filled_or_outlined(data, tmp_path, style):
+    results = write_results(tmp_path / "results.json", make_predictions(), contour=True)
+    for result in results:
+        result["category_id"] += 1
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    # fmt: off
+    result = visualize(
+        data, tmp_path / style, "--predictions", tmp_path / "results.json", "--num", 1,
+        "--contours", style, "--keypoint-threshold", 0.5,
+    )
+    # fmt: on
+    assert result.returncode == 0, result.stderr
+    picture = read(tmp_path / style / FILES[0])[:, 646:].astype(int)
+    scene = read(data / "coco" / "val2017" / "000000000001.png").astype(int)
+
+    def is_drawn(x, y):
+        return bool(np.abs(picture[round(10 * y), round(10 * x)] - scene[int(y), int(x)]).max() > 9)
+
+    assert is_drawn(12, 28) and is_drawn(60, 40)  # contours
+    # above the background, and clear of boxes, labels and landmarks
+    assert is_drawn(56.5, 35.5) == (style == "filled")
+    # scores of 0.9, 0.6 and 0.3
+    assert is_drawn(20.25, 15) and is_drawn(50, 40)
+    assert style == "filled" or not is_drawn(45, 10.3)
 
 
 @pytest.mark.parametrize(
