@@ -1,6 +1,7 @@
 """Pictures of predictions and ground truth: boxes, extreme points, contours, masks, keypoints."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import matplotlib.colors
@@ -22,6 +23,10 @@ from .errors import UserError
 MIN_LONG_SIDE = 640
 
 CONTOUR_STYLES = ("filled", "outlined")
+
+# People's trunk: the middles of these keypoints in a row.
+TRUNK = (("nose",), ("left_shoulder", "right_shoulder"), ("left_hip", "right_hip"))
+TRUNK_COLOR = (1.0, 0.5, 0.0)
 
 # What an object covers: parts, each a polygon (n, 2); or a mask (H, W) of 0 and 1.
 Region = list[np.ndarray] | np.ndarray
@@ -361,13 +366,12 @@ class LSNetVisualizer(Visualizer):
             if first in joints and second in joints
         ]
         # COCO's rules have no trunk. Detectron2 adds one to people, through the middles of the
-        # shoulders and the hips.
-        if "nose" in joints and {"left_shoulder", "right_shoulder"} <= joints.keys():
-            shoulders = (joints["left_shoulder"] + joints["right_shoulder"]) / 2
-            bones.append((joints["nose"], shoulders, "red"))
-            if {"left_hip", "right_hip"} <= joints.keys():
-                hips = (joints["left_hip"] + joints["right_hip"]) / 2
-                bones.append((shoulders, hips, "red"))
+        # shoulders and the hips; in the rules' colour of these here.
+        if "nose" in (self.metadata.get("keypoint_names") or []):
+            for ends in pairwise(TRUNK):
+                if all(name in joints for names in ends for name in names):
+                    middles = [np.mean([joints[n] for n in names], axis=0) for names in ends]
+                    bones.append((*middles, TRUNK_COLOR))
         return bones
 
     def _draw_polygons(self, polygons: list[np.ndarray], color: Any) -> None:

@@ -346,15 +346,22 @@ def test_joints_fit_the_picture():
     assert covered((400, 640), 0.24, 1.0) < enlarged / 2
 
 
-def test_people_have_a_trunk():
-    metadata = Metadata()
-    metadata.keypoint_names = ["nose", "left_shoulder", "right_shoulder", "left_hip", "right_hip"]
+@pytest.mark.parametrize(
+    "missing, neck, spine",
+    [
+        (None, True, True),
+        ("nose", False, True),
+        ("left_hip", True, False),
+        ("left_shoulder", False, False),
+    ],
+)
+def test_people_have_a_trunk(missing, neck, spine):
+    names = ["nose", "left_shoulder", "right_shoulder", "left_hip", "right_hip"]
     points = [[100.0, 20], [80, 60], [120, 60], [85, 140], [115, 140]]
-    keypoints = np.array([[*point, 2] for point in points])
-    visualizer = LSNetVisualizer(make_image(), metadata, scale=1.0)
-    mask = changed(visualizer.overlay_keypoints([keypoints], ["red"]).get_image())
-    assert mask[40, 98:103].any() and mask[100, 98:103].any()
-    assert not mask[100, 80:85].any()
+    keypoints = [[*p, 2 * (n != missing)] for n, p in zip(names, points, strict=True)]
+    visualizer = LSNetVisualizer(make_image(), Metadata(keypoint_names=names), scale=1.0)
+    mask = changed(visualizer.overlay_keypoints([np.array(keypoints)], ["red"]).get_image())
+    assert (mask[40, 98:103].any(), mask[100, 98:103].any()) == (neck, spine)
 
 
 def test_another_number_of_keypoints_than_names():
