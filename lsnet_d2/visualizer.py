@@ -315,17 +315,21 @@ class LSNetVisualizer(Visualizer):
                 )
             )
         hidden = drawn & annotated & (keypoints[:, 2] == 1)
-        for which, face in ((hidden, "none"), (drawn & ~hidden, color)):
+        # a hollow dot is wider: in its middle, the bone is to be seen
+        for which, size, face, edge, edge_width in (
+            (hidden, 3.2, "none", color, 0.6),
+            (drawn & ~hidden, 2.6, color, "white", 0.4),
+        ):
             self.output.ax.add_line(
                 Line2D(
                     keypoints[which, 0],
                     keypoints[which, 1],
                     linestyle="none",
                     marker="o",
-                    markersize=2.4 * width,
+                    markersize=size * width,
                     markerfacecolor=face,
-                    markeredgecolor=color if face == "none" else "white",
-                    markeredgewidth=(0.7 if face == "none" else 0.4) * width,
+                    markeredgecolor=edge,
+                    markeredgewidth=edge_width * width,
                     zorder=6,
                 )
             )
