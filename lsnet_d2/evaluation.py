@@ -1,25 +1,54 @@
 """COCO evaluation of whatever the model predicts."""
 
-import contextlib
-import io
+import itertools
 import json
 import logging
 import os
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
-from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.evaluation.coco_evaluation import COCOevalMaxDets, instances_to_coco_json
+from pycocotools.cocoeval import Params
 
 from .config_file import classes_key, num_classes
+from .data.polygons import polygons_to_rle
 from .errors import ConfigError, UserError
+from .files import atomic_write
+from .ground_truth import (
+    GROUND_TRUTHS,
+    check_coco_file,
+    coco_index,
+    complete_annotations,
+    count_keypoints,
+)
+from .landmark_errors import (
+    LANDMARK_ERRORS,
+    MIN_IOU,
+    SCORE_FLOOR,
+    Detections,
+    format_errors,
+    landmark_errors,
+    summarize_errors,
+)
 from .modeling import build_branches
 
 logger = logging.getLogger(__name__)
 
+COCO_OKS_SIGMAS = Params("keypoints").kpt_oks_sigmas.tolist()
+
 # What the predictions of a branch are scored as, besides boxes.
 TASKS = {"pred_extreme_points": (), "pred_contours": ("segm",), "pred_keypoints": ("keypoints",)}
+
+# What of a result COCO's evaluation of a task sees, in the order in which tasks are named. Without
+# "bbox" it sorts masks into small, medium and large by their own area; keypoints go by the box's.
+TASK_KEYS = {"bbox": ("bbox",), "segm": ("segmentation",), "keypoints": ("keypoints", "bbox")}
+
+# Coordinates that the results file has besides COCO's own, and to how many decimals.
+RESULT_KEYS = {"pred_extreme_points": ("extreme_points", None), "pred_contours": ("contour", 2)}
 
 
 def build_evaluator(
@@ -29,31 +58,56 @@ def build_evaluator(
 
     Args:
         output_folder: gets ``coco_instances_results.json``.
-        max_dets: detections per image that count for AP. None: COCO's 100.
+        max_dets: detections per image that count for AP of boxes and masks. None: COCO's 100.
 
     Raises:
-        ConfigError: the numbers of classes of the model and the data set differ.
+        ConfigError: the numbers of classes of the model and the data set differ, or those of
+            keypoints and their OKS sigmas.
         UserError: see :class:`LSNetEvaluator`.
     """
     check_num_classes(cfg, dataset_name)
-    return LSNetEvaluator(
+    tasks = evaluation_tasks(cfg)
+    source, sigmas = oks_sigmas(cfg, dataset_name)
+    evaluator = LSNetEvaluator(
         dataset_name,
-        tasks=evaluation_tasks(cfg),
+        tasks=tasks,
         output_dir=output_folder,
         max_dets_per_image=max_dets,
-        kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
-        # the official implementation, so that figures do not depend on how Detectron2 was built
-        use_fast_impl=False,
+        kpt_oks_sigmas=sigmas,
         # Detectron2 would take a converted file of an earlier run, whatever the data are now
         allow_cached_coco=False,
     )
+    needs_sigmas = cfg.MODEL.KEYPOINT_ON if tasks is None else "keypoints" in tasks
+    if needs_sigmas and evaluator.num_keypoints not in (0, len(sigmas)):
+        raise ConfigError(
+            f"data set {dataset_name} has {evaluator.num_keypoints} keypoints, but there are "
+            f"{len(sigmas)} OKS sigmas, {source}: set TEST.KEYPOINT_OKS_SIGMAS to "
+            f"{evaluator.num_keypoints} values"
+        )
+    return evaluator
 
 
 def evaluation_tasks(cfg: CfgNode) -> tuple[str, ...] | None:
-    """COCO's names of what is scored; None lets Detectron2 infer it from the predictions."""
+    """COCO's names of what is scored; None infers it from the predictions."""
     if cfg.MODEL.META_ARCHITECTURE != "LSNet":
         return None
-    return ("bbox", *(task for b in build_branches(cfg) for task in TASKS[b.pred_field]))
+    needed = {"bbox", *(task for b in build_branches(cfg) for task in TASKS[b.pred_field])}
+    return tuple(task for task in TASK_KEYS if task in needed)
+
+
+def oks_sigmas(cfg: CfgNode, dataset_name: str) -> tuple[str, list[float]]:
+    """Where the tolerances of keypoints come from, for messages, and their values.
+
+    The config's, else those in the data set's metadata ``keypoint_oks_sigmas``, else COCO's for
+    people.
+    """
+    metadata = MetadataCatalog.get(dataset_name).get("keypoint_oks_sigmas")
+    sources = {
+        "those of TEST.KEYPOINT_OKS_SIGMAS": cfg.TEST.KEYPOINT_OKS_SIGMAS,
+        "those of its metadata keypoint_oks_sigmas": metadata or [],
+        "COCO's defaults": COCO_OKS_SIGMAS,
+    }
+    return next((source, list(values)) for source, values in sources.items() if len(values))
 
 
 def check_num_classes(cfg: CfgNode, dataset_name: str) -> None:
@@ -73,14 +127,21 @@ def check_num_classes(cfg: CfgNode, dataset_name: str) -> None:
 class LSNetEvaluator(COCOEvaluator):
     """Detectron2's COCO evaluator for our predictions and for less than perfect files.
 
-    - Extreme points go into the results file, as ``extreme_points`` [[x, y], ...] in pixels of
-      the original image (top, left, bottom, right).
-    - The ground truth may lack ``info``, ``area`` and ``iscrowd``. Without ``annotations``, only
-      the results file is written.
+    - Results are Detectron2's for each task ("bbox", "segm", "keypoints"), and "landmarks" with
+      the errors of :mod:`lsnet_d2.landmark_errors` where there are landmarks.
+    - Contours are scored as masks; they become RLEs without being drawn.
+    - In pixels of the original image, the results file has ``extreme_points`` (top, left, bottom,
+      right) and ``contour``, both [[x, y], ...], and COCO's ``keypoints``, which are 0.5 less
+      (indices of pixels).
+    - The ground truth may lack ``info``, ``area``, ``iscrowd`` and ``num_keypoints``, and some
+      annotations may lack keypoints. For masks, objects with a box only are regions to ignore.
+      Without ``annotations``, only the results file is written.
+    - AP is always computed by the official implementation, so that figures do not depend on how
+      Detectron2 was built.
     """
 
     def __init__(self, dataset_name: str, *args: Any, **kwargs: Any) -> None:
-        """See :class:`COCOEvaluator`.
+        """See :class:`COCOEvaluator`. ``use_fast_impl`` has no effect.
 
         Raises:
             UserError: the annotation file is missing, broken, or lacks what evaluation needs.
@@ -88,11 +149,13 @@ class LSNetEvaluator(COCOEvaluator):
         json_file = MetadataCatalog.get(dataset_name).get("json_file")
         if json_file is not None:
             check_coco_file(json_file)
-        super().__init__(dataset_name, *args, **kwargs)
+        super().__init__(dataset_name, *args, **{**kwargs, "use_fast_impl": False})
+        self._sigmas = list(kwargs.get("kpt_oks_sigmas") or COCO_OKS_SIGMAS)
+        self.num_keypoints = 0  # of an object of the data set; 0: it has none
         if self._do_evaluation:
             complete_annotations(self._coco_api.dataset)
-            with contextlib.redirect_stdout(io.StringIO()):  # it prints
-                self._coco_api.createIndex()
+            self.num_keypoints = count_keypoints(self._coco_api.dataset["annotations"])
+            self._coco_api = coco_index(self._coco_api.dataset)
         else:
             logger.warning("%s has no annotations: nothing can be scored", json_file)
 
@@ -102,65 +165,152 @@ class LSNetEvaluator(COCOEvaluator):
                 super().process([image], [output])
                 continue
             instances = output["instances"].to("cpu")
-            if instances.has("pred_keypoints"):
-                # the conversion shifts them in place
+            # clones: the conversion shifts keypoints in place, and views would keep all of a batch
+            landmarks = {
+                field: instances.get(field).float().clone()
+                for field in LANDMARK_ERRORS
+                if instances.has(field)
+            }
+            if "pred_contours" in landmarks and instances.has("pred_masks"):
+                instances.remove("pred_masks")  # the same, as bitmaps
+            if "pred_keypoints" in landmarks:
                 instances.pred_keypoints = instances.pred_keypoints.clone()
             results = instances_to_coco_json(instances, image["image_id"])
-            if instances.has("pred_extreme_points"):
-                for result, points in zip(
-                    results, instances.pred_extreme_points.tolist(), strict=True
-                ):
-                    result["extreme_points"] = points
-            self._predictions.append({"image_id": image["image_id"], "instances": results})
+            if "pred_contours" in landmarks:
+                rles = polygons_to_rle(landmarks["pred_contours"].numpy(), *instances.image_size)
+                for result, rle in zip(results, rles, strict=True):
+                    result["segmentation"] = rle
+            self._predictions.append(
+                {"image_id": image["image_id"], "instances": results, "landmarks": landmarks}
+            )
 
+    def _eval_predictions(
+        self, predictions: list[dict], img_ids: Iterable[int] | None = None
+    ) -> None:
+        """In place of Detectron2's, which copies and keeps lists of all coordinates."""
+        predictions = self._with_category_ids(predictions)
+        if self._output_dir:
+            write_results(
+                os.path.join(self._output_dir, "coco_instances_results.json"), predictions
+            )
+        if not self._do_evaluation:
+            logger.info("Annotations are not available for evaluation.")
+            return
+        results = list(itertools.chain.from_iterable(p["instances"] for p in predictions))
+        for task in self._tasks or self._tasks_from_predictions(results):
+            if task == "keypoints" and not self.num_keypoints:
+                logger.warning("%s has no keypoints: none are scored", self._metadata.name)
+                continue
+            evaluation = self._evaluate_task(task, results, img_ids) if results else None
+            self._results[task] = self._derive_coco_results(
+                evaluation, task, class_names=self._metadata.get("thing_classes")
+            )
+        self._evaluate_landmarks(predictions, img_ids)
 
-def check_coco_file(path: str) -> None:
-    """
-    Raises:
-        UserError: there is no such file, or it is no COCO file with images and categories, or
-            an annotation lacks a key that nothing can stand in for.
-    """
-    if not os.path.isfile(path):
-        raise UserError(f"no such annotation file: {path}")
-    with open(path, encoding="utf-8") as file:
-        try:
-            dataset = json.load(file)
-        except ValueError as error:
-            raise UserError(f"{path}: not complete JSON: {error}") from error
-    if not isinstance(dataset, dict):
-        raise UserError(f"{path}: not a COCO file, which is an object with 'images' and others")
-    for key in ("images", "categories"):
-        if not dataset.get(key):
-            raise UserError(f"{path}: {key!r} is missing or empty")
-    for index, annotation in enumerate(dataset.get("annotations", [])):
-        missing = [
-            key for key in ("id", "image_id", "category_id", "bbox") if key not in annotation
+    def _with_category_ids(self, predictions: list[dict]) -> list[dict]:
+        """Predictions with the annotation file's ids of classes, not the model's."""
+        mapping = self._metadata.get("thing_dataset_id_to_contiguous_id")
+        if mapping is None:
+            return predictions
+        ids = {index: category for category, index in mapping.items()}
+        unknown = {r["category_id"] for p in predictions for r in p["instances"]} - ids.keys()
+        if unknown:
+            raise UserError(
+                f"the model predicts class {min(unknown)}, but data set {self._metadata.name} has "
+                f"classes 0 to {max(ids)}"
+            )
+        return [
+            {
+                **prediction,
+                "instances": [
+                    {**result, "category_id": ids[result["category_id"]]}
+                    for result in prediction["instances"]
+                ],
+            }
+            for prediction in predictions
         ]
-        if missing:
-            name = annotation.get("id", f"number {index}")
-            raise UserError(f"{path}: annotation {name} has no {missing[0]!r}")
 
+    def _evaluate_task(
+        self, task: str, results: list[dict], img_ids: Iterable[int] | None
+    ) -> COCOevalMaxDets:
+        if task == "keypoints":
+            self._check_keypoints(len(results[0]["keypoints"]) // 3)
+        keys = ("image_id", "category_id", "score", *TASK_KEYS[task])
+        # copies: pycocotools writes into results and annotations
+        true = coco_index(GROUND_TRUTHS[task](self._coco_api))
+        found = true.loadRes([{key: result[key] for key in keys} for result in results])
+        evaluation = COCOevalMaxDets(true, found, task)
+        if task == "keypoints":
+            evaluation.params.kpt_oks_sigmas = np.array(self._sigmas)
+        else:
+            evaluation.params.maxDets = self._max_dets_per_image
+        if img_ids is not None:
+            evaluation.params.imgIds = list(img_ids)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+        return evaluation
 
-def complete_annotations(dataset: dict[str, Any]) -> None:
-    """Give annotations what pycocotools needs, in place.
+    def _check_keypoints(self, predicted: int) -> None:
+        numbers = (predicted, self.num_keypoints, len(self._sigmas))
+        if len(set(numbers)) > 1:
+            raise UserError(
+                f"the model predicts {numbers[0]} keypoints, data set {self._metadata.name} has "
+                f"{numbers[1]}, and there are {numbers[2]} OKS sigmas; all must be the same"
+            )
 
-    ``iscrowd`` is 0 where it is missing, and ``area`` that of the box, which only sorts objects
-    into small, medium and large. If an id is 0, which pycocotools takes for "not matched", ids
-    are numbered anew.
-    """
-    dataset.setdefault("info", {})
-    annotations = dataset["annotations"]
-    without_area = [annotation for annotation in annotations if "area" not in annotation]
-    for annotation in without_area:
-        annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
-    if without_area:
-        logger.warning(
-            "%d annotations have no 'area'; they are sorted into small, medium and large by the "
-            "areas of their boxes",
-            len(without_area),
+    def _evaluate_landmarks(
+        self, predictions: list[dict], img_ids: Iterable[int] | None = None
+    ) -> None:
+        chosen = None if img_ids is None else set(img_ids)
+        detections = (
+            to_detections(prediction)
+            for prediction in predictions
+            if chosen is None or prediction["image_id"] in chosen
         )
-    for annotation in annotations:
-        annotation.setdefault("iscrowd", 0)
-    if any(annotation["id"] == 0 for annotation in annotations):
-        for number, annotation in enumerate(annotations, start=1):
-            annotation["id"] = number
+        errors = landmark_errors(self._coco_api, detections)
+        if not errors:
+            return
+        names = {category["id"]: category["name"] for category in self._coco_api.cats.values()}
+        results = summarize_errors(errors, names)
+        logger.info(
+            "Errors of landmarks, of objects matched at IOU >= %g by detections with score >= %g:"
+            "\n%s",
+            MIN_IOU,
+            SCORE_FLOOR,
+            format_errors(results, errors, names.values()),
+        )
+        self._results["landmarks"] = results
+
+
+def to_detections(prediction: dict) -> Detections:
+    """The predictions for an image as the measurement of landmarks takes them."""
+    results = prediction["instances"]
+    return Detections(
+        image_id=prediction["image_id"],
+        boxes=np.array([r["bbox"] for r in results], dtype=np.float64).reshape(-1, 4),
+        scores=np.array([r["score"] for r in results], dtype=np.float64),
+        categories=np.array([r["category_id"] for r in results], dtype=np.int64),
+        landmarks={field: points.numpy() for field, points in prediction["landmarks"].items()},
+    )
+
+
+def write_results(path: str, predictions: Iterable[dict]) -> None:
+    """Write COCO's results file, one entry a line."""
+    with atomic_write(path, "w") as file:
+        file.write("[")
+        for number, entry in enumerate(_entries(predictions)):
+            file.write((",\n" if number else "\n") + json.dumps(entry))
+        file.write("\n]\n")
+
+
+def _entries(predictions: Iterable[dict]) -> Iterator[dict]:
+    for prediction in predictions:
+        columns = {}
+        for field, (key, decimals) in RESULT_KEYS.items():
+            if field in prediction["landmarks"]:
+                points = prediction["landmarks"][field].numpy().astype(np.float64)
+                columns[key] = points if decimals is None else points.round(decimals)
+        columns = {key: points.tolist() for key, points in columns.items()}
+        for index, result in enumerate(prediction["instances"]):
+            yield {**result, **{key: points[index] for key, points in columns.items()}}

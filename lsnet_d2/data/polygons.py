@@ -64,6 +64,33 @@ def decode_rle(rle: dict, height: int, width: int) -> np.ndarray:
     return mask_util.decode(rle)
 
 
+def polygons_to_rle(polygons: np.ndarray, height: int, width: int) -> list[dict]:
+    """The masks of closed polygons of one image, without drawing them.
+
+    Of polygons that cross themselves, as predicted contours may, COCO's rule says what is inside:
+    even-odd.
+
+    Args:
+        polygons: (N, P, 2), P at least 3. What lies outside the image is cut off.
+        height, width: of the image.
+
+    Returns:
+        N compressed RLEs, with ``counts`` as text, so that they can be written as JSON.
+
+    Raises:
+        ValueError: fewer than three vertices, or coordinates that are not finite.
+    """
+    polygons = np.asarray(polygons, dtype=np.float64)
+    if not len(polygons):
+        return []
+    if polygons.shape[1] < 3:  # four numbers would be taken for a box
+        raise ValueError(f"a polygon of {polygons.shape[1]} vertices")
+    if not np.isfinite(polygons).all():
+        raise ValueError("a polygon with coordinates that are not finite")
+    rles = mask_util.frPyObjects(list(polygons.reshape(len(polygons), -1)), height, width)
+    return [{**rle, "counts": rle["counts"].decode("ascii")} for rle in rles]
+
+
 def is_usable(polygon: np.ndarray) -> bool:
     """Whether a polygon has three vertices, finite coordinates, and does not lie on one line."""
     if len(polygon) < 3 or not np.isfinite(polygon).all():

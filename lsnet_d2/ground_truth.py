@@ -1,0 +1,152 @@
+"""Ground truth of an annotation file as COCO's evaluation wants it."""
+
+import contextlib
+import io
+import json
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+from pycocotools.coco import COCO
+
+from .errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def check_coco_file(path: str) -> None:
+    """
+    Raises:
+        UserError: there is no such file, or it is no COCO file with images and categories, or
+            an annotation lacks a key that nothing can stand in for, or annotations differ in how
+            many keypoints they have.
+    """
+    if not os.path.isfile(path):
+        raise UserError(f"no such annotation file: {path}")
+    with open(path, encoding="utf-8") as file:
+        try:
+            dataset = json.load(file)
+        except ValueError as error:
+            raise UserError(f"{path}: not complete JSON: {error}") from error
+    if not isinstance(dataset, dict):
+        raise UserError(f"{path}: not a COCO file, which is an object with 'images' and others")
+    for key in ("images", "categories"):
+        if not dataset.get(key):
+            raise UserError(f"{path}: {key!r} is missing or empty")
+    for index, annotation in enumerate(dataset.get("annotations", [])):
+        missing = [
+            key for key in ("id", "image_id", "category_id", "bbox") if key not in annotation
+        ]
+        if missing:
+            name = annotation.get("id", f"number {index}")
+            raise UserError(f"{path}: annotation {name} has no {missing[0]!r}")
+    with_keypoints = [a for a in dataset.get("annotations", []) if a.get("keypoints")]
+    for annotation in with_keypoints:
+        here, there = len(annotation["keypoints"]), len(with_keypoints[0]["keypoints"])
+        if here != there or here % 3:
+            raise UserError(
+                f"{path}: annotation {annotation['id']} has {here} numbers under 'keypoints', "
+                f"annotation {with_keypoints[0]['id']} has {there}; they must be alike, and three "
+                "for each keypoint"
+            )
+
+
+def count_keypoints(annotations: list[dict]) -> int:
+    """Keypoints, labelled or not, of an object of a data set; 0 if no object has any."""
+    return max((len(a.get("keypoints") or ()) for a in annotations), default=0) // 3
+
+
+def complete_annotations(dataset: dict[str, Any]) -> None:
+    """Give annotations what pycocotools needs, in place.
+
+    ``iscrowd`` is 0 where it is missing, and ``area`` that of the box, which only sorts objects
+    into small, medium and large, and sets the scale of OKS. If some have keypoints, the others get
+    ones that are not labelled; ``num_keypoints`` is counted where it is missing. If an id is 0,
+    which pycocotools takes for "not matched", ids are numbered anew.
+    """
+    dataset.setdefault("info", {})
+    annotations = dataset["annotations"]
+    without_area = [annotation for annotation in annotations if "area" not in annotation]
+    for annotation in without_area:
+        annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
+    if without_area:
+        logger.warning(
+            "%d annotations have no 'area'; they are sorted into small, medium and large by the "
+            "areas of their boxes",
+            len(without_area),
+        )
+    keypoints = count_keypoints(annotations)
+    for annotation in annotations:
+        annotation.setdefault("iscrowd", 0)
+        if not annotation.get("keypoints"):
+            annotation["keypoints"] = [0] * (3 * keypoints)
+            annotation["num_keypoints"] = 0
+        elif "num_keypoints" not in annotation:
+            annotation["num_keypoints"] = sum(v > 0 for v in annotation["keypoints"][2::3])
+    if any(annotation["id"] == 0 for annotation in annotations):
+        for number, annotation in enumerate(annotations, start=1):
+            annotation["id"] = number
+
+
+def coco_index(dataset: dict[str, Any]) -> COCO:
+    """The contents of an annotation file as an object of pycocotools."""
+    coco = COCO()
+    coco.dataset = dataset
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints
+        coco.createIndex()
+    return coco
+
+
+def box_ground_truth(coco: COCO) -> dict[str, Any]:
+    """A copy of a data set for box AP."""
+    return {**coco.dataset, "annotations": [dict(a) for a in coco.dataset["annotations"]]}
+
+
+def mask_ground_truth(coco: COCO) -> dict[str, Any]:
+    """A copy for mask AP. Objects without a mask become regions to ignore: what is found there is
+    neither right nor wrong.
+
+    Raises:
+        UserError: an RLE is of another size than its image.
+    """
+    annotations = []
+    for annotation in coco.dataset["annotations"]:
+        segmentation = annotation.get("segmentation")
+        image = coco.imgs.get(annotation["image_id"])
+        if isinstance(segmentation, dict) and image:
+            size = [image["height"], image["width"]]
+            if list(segmentation.get("size", ())) != size:
+                raise UserError(
+                    f"annotation {annotation['id']} of image {annotation['image_id']}: an RLE of "
+                    f"(height, width) {segmentation.get('size')} in an image of {size}"
+                )
+        if isinstance(segmentation, list):
+            # four numbers would be taken for a box
+            segmentation = [part for part in segmentation if len(part) >= 6]
+        if segmentation:
+            annotations.append({**annotation, "segmentation": segmentation})
+            continue
+        x, y, width, height = annotation["bbox"]
+        box = [x, y, x + width, y, x + width, y + height, x, y + height]
+        annotations.append({**annotation, "segmentation": [box], "iscrowd": 1})
+    return {**coco.dataset, "annotations": annotations}
+
+
+def keypoint_ground_truth(coco: COCO) -> dict[str, Any]:
+    """A copy for keypoint AP, with the objects of the classes that have keypoints.
+
+    Within these classes pycocotools ignores objects without labelled keypoints, and what is found
+    around them. Classes without keypoints do not enter the mean, whatever is found of them.
+    """
+    annotations = coco.dataset["annotations"]
+    categories = {a["category_id"] for a in annotations if a["num_keypoints"] > 0}
+    kept = [dict(a) for a in annotations if a["category_id"] in categories]
+    return {**coco.dataset, "annotations": kept}
+
+
+GROUND_TRUTHS: dict[str, Callable[[COCO], dict[str, Any]]] = {
+    "bbox": box_ground_truth,
+    "segm": mask_ground_truth,
+    "keypoints": keypoint_ground_truth,
+}
