@@ -1,15 +1,25 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import tiny_coco
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
+from detectron2.evaluation import print_csv_format
 from detectron2.structures import Boxes, Instances
+from pycocotools import mask as mask_util
 
+import lsnet_d2.evaluation
 from lsnet_d2.config_file import load_config
 from lsnet_d2.errors import ConfigError, UserError
-from lsnet_d2.evaluation import build_evaluator, evaluation_tasks
+from lsnet_d2.evaluation import (
+    COCO_OKS_SIGMAS,
+    LSNetEvaluator,
+    build_evaluator,
+    evaluation_tasks,
+    oks_sigmas,
+)
 
 
 @pytest.fixture
@@ -45,10 +55,46 @@ def predictions(image_id, shift=0.0, **fields):
 def evaluate(folder, *outputs, **kwargs):
     DatasetCatalog.get("tiny_eval")  # as the data loader does it
     evaluator = build_evaluator(make_cfg(folder), "tiny_eval", str(folder / "results"), **kwargs)
+    return run(evaluator, *outputs)
+
+
+def evaluate_tasks(folder, tasks, *outputs, **kwargs):
+    DatasetCatalog.get("tiny_eval")
+    evaluator = LSNetEvaluator("tiny_eval", tasks=tasks, output_dir=str(folder / "out"), **kwargs)
+    return run(evaluator, *outputs)
+
+
+def run(evaluator, *outputs):
     evaluator.reset()
     for image, output in outputs:
         evaluator.process([image], [output])
     return evaluator.evaluate()
+
+
+def contour(image_id, dx=0.0, width=24.0):
+    """The outline of the object of an image, (1, 4, 2)."""
+    x = 8 + 4 * image_id + dx
+    return torch.tensor([[[x, 10.0], [x + width, 10], [x + width, 30], [x, 30]]])
+
+
+def change_annotations(folder, change):
+    path = tiny_coco.json_file(folder, "val")
+    dataset = json.loads(path.read_text())
+    for annotation in dataset["annotations"]:
+        change(annotation)
+    path.write_text(json.dumps(dataset))
+
+
+def add_keypoints(annotation):
+    """Three, at x + 2, x + 4 and (not labelled) 0; the second image's object has none."""
+    if annotation["id"] == 1:
+        x = annotation["bbox"][0]
+        annotation["keypoints"] = [x + 2 - 0.5, 14.5, 2, x + 4 - 0.5, 19.5, 1, 0, 0, 0]
+
+
+def keypoints(image_id, dx=0.0):
+    x = 8 + 4 * image_id + dx
+    return torch.tensor([[[x + 2, 15.0, 0.9], [x + 4, 20.0, 0.9], [50.0, 5.0, 0.9]]])
 
 
 def test_perfect_predictions(coco):
@@ -150,3 +196,252 @@ def test_tasks_follow_the_branches(coco):
     assert evaluation_tasks(cfg) is None
     cfg.MODEL.META_ARCHITECTURE = "LSNet"
     assert evaluation_tasks(cfg) == ("bbox",)
+
+
+@pytest.mark.parametrize(
+    "fields, tasks",
+    [
+        (["pred_contours"], ("bbox", "segm")),
+        (["pred_keypoints"], ("bbox", "keypoints")),
+        (["pred_keypoints", "pred_extreme_points", "pred_contours"], ("bbox", "segm", "keypoints")),
+    ],
+)
+def test_tasks_of_several_branches(coco, monkeypatch, fields, tasks):
+    cfg = make_cfg(coco)
+    cfg.MODEL.META_ARCHITECTURE = "LSNet"
+    branches = [SimpleNamespace(pred_field=field) for field in fields]
+    monkeypatch.setattr(lsnet_d2.evaluation, "build_branches", lambda cfg: branches)
+    assert evaluation_tasks(cfg) == tasks
+
+
+def test_contours(coco):
+    outputs = [predictions(i, pred_contours=contour(i)) for i in (1, 2)]
+    results = evaluate_tasks(coco, ("bbox", "segm"), *outputs)
+    assert list(results) == ["bbox", "segm", "landmarks"]
+    assert results["segm"]["AP"] == results["segm"]["AP-car"] == pytest.approx(100)
+    assert results["landmarks"]["contour_px"] == pytest.approx(0, abs=1e-6)
+    assert results["landmarks"]["contour_objects"] == 2
+    assert results["landmarks"]["contour_objects-car"] == 1
+
+
+def test_half_a_contour(coco):
+    # a mask of half the object counts at the threshold 0.5, its box is right
+    outputs = [predictions(i, pred_contours=contour(i, width=12.0)) for i in (1, 2)]
+    results = evaluate_tasks(coco, ("bbox", "segm"), *outputs)
+    assert results["bbox"]["AP"] == pytest.approx(100)
+    assert results["segm"]["AP"] == pytest.approx(10)
+    assert results["segm"]["AP50"] == pytest.approx(100)
+
+
+def test_area_of_a_mask_is_its_own(coco):
+    # A wrong contour of 360 pixels in a box of 1800 > 32^2. By the box it would be of medium
+    # size, and not count among the small ones. So it stands in front of the right one, and halves
+    # the precision for persons; the car is missed.
+    wrong = torch.tensor([[[0.0, 0], [40, 0], [40, 9], [0, 9]]])
+    image, output = predictions(1, pred_contours=wrong)
+    output["instances"].pred_boxes = Boxes(torch.tensor([[0.0, 0, 60, 30]]))
+    right = predictions(1, pred_contours=contour(1))
+    right[1]["instances"].scores[:] = 0.5
+    results = evaluate_tasks(coco, ("segm",), (image, output), right)
+    assert results["segm"]["APs"] == pytest.approx((50 + 0) / 2)
+
+
+def test_results_file_has_contours_and_masks(coco):
+    points = contour(1) + torch.tensor([0.123456, 0.0])
+    evaluate_tasks(coco, ("segm",), predictions(1, pred_contours=points))
+    (result,) = json.loads((coco / "out" / "coco_instances_results.json").read_text())
+    assert result["contour"] == [[12.12, 10], [36.12, 10], [36.12, 30], [12.12, 30]]
+    assert result["segmentation"]["size"] == list(tiny_coco.SIZE)
+    assert mask_util.area(result["segmentation"]) == 24 * 20
+    assert set(result) == {*("image_id", "category_id", "bbox", "score", "segmentation", "contour")}
+    saved = torch.load(coco / "out" / "instances_predictions.pth", weights_only=True)
+    assert torch.equal(saved[0]["landmarks"]["pred_contours"], points)
+
+
+def test_contours_take_the_place_of_masks(coco):
+    masks = torch.zeros(1, *tiny_coco.SIZE, dtype=torch.bool)
+    image, output = predictions(1, pred_contours=contour(1), pred_masks=masks)
+    results = evaluate_tasks(coco, ("segm",), (image, output))
+    assert results["segm"]["AP-person"] == pytest.approx(100)
+    assert output["instances"].has("pred_masks")
+
+
+def test_masks_without_contours(coco):
+    # as Detectron2's Mask R-CNN gives them, scored without being told
+    masks = torch.zeros(1, *tiny_coco.SIZE, dtype=torch.bool)
+    masks[0, 10:30, 12:36] = True
+    results = evaluate(coco, predictions(1, pred_masks=masks))
+    assert results["segm"]["AP-person"] == pytest.approx(100)
+    assert "landmarks" not in results
+
+
+def test_objects_with_a_box_only_are_no_misses_of_masks(coco):
+    change_annotations(coco, lambda a: a.pop("segmentation") if a["id"] == 2 else None)
+    outputs = [predictions(i, pred_contours=contour(i)) for i in (1, 2)]
+    results = evaluate_tasks(coco, ("bbox", "segm"), *outputs)
+    assert results["bbox"]["AP"] == results["segm"]["AP"] == pytest.approx(100)
+    assert results["segm"]["AP-car"] != results["segm"]["AP-car"]  # NaN: nothing to find
+    assert results["landmarks"]["contour_objects"] == 1
+
+
+def test_crowds_and_masks_as_rle(coco):
+    def change(annotation):
+        mask = mask_util.decode(mask_util.frPyObjects(annotation["segmentation"], *tiny_coco.SIZE))
+        rle = mask_util.encode(mask)[0]
+        annotation["segmentation"] = {**rle, "counts": rle["counts"].decode()}
+        if annotation["id"] == 2:
+            pixels = mask[..., 0].ravel(order="F").tolist()
+            first, inside = pixels.index(1), sum(pixels)
+            assert inside == 24 * 20
+            counts = [first, *[20, 28] * 23, 20]
+            counts.append(len(pixels) - sum(counts))
+            annotation.update(segmentation={"size": list(tiny_coco.SIZE), "counts": counts})
+            annotation["iscrowd"] = 1
+
+    change_annotations(coco, change)
+    outputs = [predictions(i, pred_contours=contour(i)) for i in (1, 2)]
+    results = evaluate_tasks(coco, ("bbox", "segm"), *outputs)
+    assert results["bbox"]["AP"] == results["segm"]["AP"] == pytest.approx(100)
+    assert results["landmarks"]["contour_objects"] == 1
+    assert results["landmarks"]["contour_px"] == pytest.approx(0, abs=1e-6)
+
+
+def test_keypoints_of_some_classes(coco):
+    change_annotations(coco, add_keypoints)
+    outputs = [predictions(i, pred_keypoints=keypoints(i)) for i in (1, 2)]
+    tasks, sigmas = ("bbox", "keypoints"), [0.1] * 3
+    results = evaluate_tasks(coco, tasks, *outputs, kpt_oks_sigmas=sigmas)
+    assert results["keypoints"]["AP"] == results["keypoints"]["AP-person"] == pytest.approx(100)
+    assert results["keypoints"]["AP-car"] != results["keypoints"]["AP-car"]  # NaN: no keypoints
+    assert results["landmarks"]["keypoints_px"] == pytest.approx(0, abs=1e-6)
+    assert results["landmarks"]["keypoints_objects"] == 1
+
+
+def test_wrong_keypoints(coco):
+    change_annotations(coco, add_keypoints)
+    # Both labelled keypoints are 4.2 pixels off. OKS is exp(-d^2 / (2 area (2 sigma)^2)) =
+    # exp(-17.64 / 960 / 0.04) = 0.632: right at 0.5, 0.55 and 0.6. Cars do not matter.
+    outputs = [
+        predictions(1, pred_keypoints=keypoints(1, dx=4.2)),
+        predictions(2, pred_keypoints=keypoints(2, dx=30.0)),
+    ]
+    results = evaluate_tasks(coco, ("keypoints",), *outputs, kpt_oks_sigmas=[0.1] * 3)
+    assert results["keypoints"]["AP"] == pytest.approx(30)
+    assert results["landmarks"]["keypoints_px"] == pytest.approx(4.2, abs=1e-5)
+    size = (24 * 20) ** 0.5
+    assert results["landmarks"]["keypoints_pct-person"] == pytest.approx(420 / size, abs=1e-4)
+
+
+def test_predicted_keypoints_are_inferred(coco):
+    # as of Detectron2's Keypoint R-CNN
+    change_annotations(coco, add_keypoints)
+    DatasetCatalog.get("tiny_eval")
+    cfg = make_cfg(coco, "TEST.KEYPOINT_OKS_SIGMAS", "(0.1, 0.1, 0.1)")
+    results = run(
+        build_evaluator(cfg, "tiny_eval"),
+        *(predictions(i, pred_keypoints=keypoints(i)) for i in (1, 2)),
+    )
+    assert list(results) == ["bbox", "keypoints", "landmarks"]
+    assert results["keypoints"]["AP"] == pytest.approx(100)
+
+
+def test_data_set_without_keypoints(coco):
+    outputs = [predictions(i, pred_keypoints=keypoints(i)) for i in (1, 2)]
+    results = evaluate_tasks(coco, ("bbox", "keypoints"), *outputs)
+    assert list(results) == ["bbox", "landmarks"]
+    assert results["landmarks"]["keypoints_objects"] == 0
+
+
+def test_joint_model(coco):
+    change_annotations(coco, add_keypoints)
+    points = torch.tensor([[[24.0, 10], [12, 20], [24, 30], [36, 20]]])
+    outputs = [
+        predictions(
+            i,
+            pred_extreme_points=points + torch.tensor([4.0 * (i - 1), 0]),
+            pred_contours=contour(i),
+            pred_keypoints=keypoints(i),
+        )
+        for i in (1, 2)
+    ]
+    tasks = ("bbox", "segm", "keypoints")
+    results = evaluate_tasks(coco, tasks, *outputs, kpt_oks_sigmas=[0.1] * 3)
+    assert [results[task]["AP"] for task in tasks] == pytest.approx([100, 100, 100])
+    landmarks = results["landmarks"]
+    assert landmarks["extreme_points_px"] == pytest.approx(0)
+    assert landmarks["contour_objects"] == landmarks["extreme_points_objects"] == 2
+    assert all(isinstance(value, float) for task in results.values() for value in task.values())
+    print_csv_format(results)
+    assert all("-" in key for key in landmarks if key.endswith(("person", "car")))
+
+
+def test_a_subset_of_images(coco):
+    DatasetCatalog.get("tiny_eval")
+    evaluator = LSNetEvaluator("tiny_eval", tasks=("bbox", "segm"), output_dir=None)
+    evaluator.reset()
+    for i in (1, 2):
+        evaluator.process(*([part] for part in predictions(i, pred_contours=contour(i, dx=i - 1))))
+    for _ in range(2):  # the first time leaves the predictions as they were
+        results = evaluator.evaluate(img_ids=[1])
+        assert results["landmarks"]["contour_objects"] == 1
+        assert results["segm"]["AP"] == pytest.approx(100)
+
+
+def test_nothing_found(coco):
+    empty = {"instances": predictions(1, pred_contours=contour(1))[1]["instances"][:0]}
+    results = evaluate_tasks(coco, ("bbox", "segm"), ({"image_id": 1}, empty))
+    assert results["segm"]["AP"] != results["segm"]["AP"]
+    assert results["landmarks"]["contour_objects"] == 0
+    assert json.loads((coco / "out" / "coco_instances_results.json").read_text()) == []
+
+
+def test_where_sigmas_come_from(coco):
+    cfg = make_cfg(coco)
+    assert oks_sigmas(cfg, "tiny_eval") == ("COCO's defaults", COCO_OKS_SIGMAS)
+    MetadataCatalog.get("tiny_eval").keypoint_oks_sigmas = [0.1, 0.2, 0.3]
+    assert oks_sigmas(cfg, "tiny_eval")[1] == [0.1, 0.2, 0.3]
+    cfg.TEST.KEYPOINT_OKS_SIGMAS = [0.3, 0.2, 0.1]
+    assert oks_sigmas(cfg, "tiny_eval")[1] == [0.3, 0.2, 0.1]
+
+
+@pytest.mark.parametrize(
+    "metadata, config, source",
+    [
+        (None, [], "17 OKS sigmas, COCO's defaults"),
+        ([0.1] * 4, [], "4 OKS sigmas, those of its metadata keypoint_oks_sigmas"),
+        ([0.1] * 3, [0.1] * 5, "5 OKS sigmas, those of TEST.KEYPOINT_OKS_SIGMAS"),
+    ],
+)
+def test_number_of_sigmas(coco, metadata, config, source):
+    change_annotations(coco, add_keypoints)
+    if metadata:
+        MetadataCatalog.get("tiny_eval").keypoint_oks_sigmas = metadata
+    cfg = make_cfg(coco)
+    cfg.TEST.KEYPOINT_OKS_SIGMAS = config
+    build_evaluator(cfg, "tiny_eval")  # a model without keypoints
+    cfg.MODEL.KEYPOINT_ON = True
+    message = f"data set tiny_eval has 3 keypoints, but there are {source}: set TEST.KEYPOINT_OKS"
+    with pytest.raises(ConfigError, match=message):
+        build_evaluator(cfg, "tiny_eval")
+
+
+def test_number_of_predicted_keypoints(coco):
+    change_annotations(coco, add_keypoints)
+    output = predictions(1, pred_keypoints=torch.zeros(1, 17, 3))
+    with pytest.raises(
+        UserError, match="predicts 17 keypoints, data set tiny_eval has 3, .* 3 OKS"
+    ):
+        evaluate_tasks(coco, ("keypoints",), output, kpt_oks_sigmas=[0.1] * 3)
+
+
+def test_numbers_of_keypoints_that_differ(coco):
+    change_annotations(coco, lambda a: a.update(keypoints=[1, 1, 2] * a["id"]))
+    with pytest.raises(UserError, match="annotation 2 has 6 numbers .* annotation 1 has 3"):
+        build_evaluator(make_cfg(coco), "tiny_eval")
+
+
+def test_class_that_the_data_set_lacks(coco):
+    image, output = predictions(1)
+    output["instances"].pred_classes[:] = 80
+    with pytest.raises(UserError, match="class 80, but data set tiny_eval has classes 0 to 79"):
+        evaluate_tasks(coco, ("bbox",), (image, output))

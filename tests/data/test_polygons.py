@@ -1,9 +1,12 @@
+import json
+
 import cv2
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from parity import DIRECTORY, Recorded
 from pycocotools import mask as mask_util
 
 from lsnet_d2.data.polygons import (
@@ -11,6 +14,7 @@ from lsnet_d2.data.polygons import (
     clip_polygons,
     is_usable,
     mask_to_polygons,
+    polygons_to_rle,
     segmentation_to_polygons,
 )
 
@@ -164,3 +168,28 @@ def test_outline_of_a_mask_goes_round_its_pixels():
     mask[6:8, 7:9] = 1
     assert len(mask_to_polygons(mask)) == 2
     assert bounding_box(mask_to_polygons(mask)).tolist() == [4, 3, 9, 8]
+
+
+def test_rle_as_recorded():
+    recorded = Recorded("comp_polygon_rle.npz")
+    with open(DIRECTORY / "comp_polygon_rle.json") as file:
+        expected = json.load(file)
+    polygons = recorded["polygons"].numpy().reshape(-1, 36, 2)
+    rles = polygons_to_rle(polygons, *expected["size"])
+    assert [rle["counts"] for rle in rles] == expected["counts"]
+    assert all(rle["size"] == expected["size"] for rle in rles)
+    assert mask_util.area(rles).tolist() == recorded["area"].tolist()
+
+
+def test_rle_is_cut_off_at_the_border():
+    (rle,) = polygons_to_rle((SQUARE - [4, 7])[None], 20, 30)
+    mask = mask_util.decode(rle)
+    assert mask.shape == (20, 30) and mask.sum() == 18 and mask[:3, :6].all()
+
+
+def test_rle_of_bad_polygons():
+    assert polygons_to_rle(np.zeros((0, 36, 2)), 20, 30) == []
+    with pytest.raises(ValueError, match="a polygon of 2 vertices"):
+        polygons_to_rle(SQUARE[None, :2], 20, 30)
+    with pytest.raises(ValueError, match="not finite"):
+        polygons_to_rle(SQUARE[None] * np.nan, 20, 30)

@@ -1,0 +1,93 @@
+import pytest
+from pycocotools import mask as mask_util
+
+from lsnet_d2.errors import UserError
+from lsnet_d2.ground_truth import (
+    GROUND_TRUTHS,
+    coco_index,
+    complete_annotations,
+    count_keypoints,
+    keypoint_ground_truth,
+    mask_ground_truth,
+)
+
+OUTLINE = [[2.0, 3, 12, 3, 12, 9, 2, 9]]
+
+
+def annotation(number, **values):
+    return {"id": number, "image_id": 1, "category_id": 1, "bbox": [2, 3, 10, 6], **values}
+
+
+def dataset(*annotations):
+    return {
+        "images": [{"id": 1, "height": 20, "width": 30}],
+        "categories": [{"id": 1, "name": "person"}, {"id": 2, "name": "ball"}],
+        "annotations": list(annotations),
+    }
+
+
+def test_missing_values():
+    data = dataset(annotation(0), annotation(1, area=50, iscrowd=1))
+    complete_annotations(data)
+    first, second = data["annotations"]
+    assert (first["area"], first["iscrowd"]) == (60, 0)
+    assert (second["area"], second["iscrowd"]) == (50, 1)
+    assert (first["id"], second["id"]) == (1, 2)
+    assert data["info"] == {}
+
+
+def test_missing_keypoints():
+    data = dataset(
+        annotation(1, keypoints=[4, 5, 2, 0, 0, 0, 7, 7, 1]),
+        annotation(2, category_id=2),
+        annotation(3, keypoints=[4, 5, 2, 0, 0, 0, 7, 7, 1], num_keypoints=0),
+        annotation(4, keypoints=[], num_keypoints=2),
+    )
+    complete_annotations(data)
+    assert [a["num_keypoints"] for a in data["annotations"]] == [2, 0, 0, 0]
+    assert [len(a["keypoints"]) for a in data["annotations"]] == [9, 9, 9, 9]
+    assert count_keypoints(data["annotations"]) == 3
+    assert count_keypoints([annotation(1)]) == 0
+
+
+def test_copies_leave_the_data_set_alone():
+    data = dataset(annotation(1, segmentation=OUTLINE, iscrowd=0, area=60, num_keypoints=0))
+    for make in GROUND_TRUTHS.values():
+        for copied in make(coco_index(data))["annotations"]:
+            assert copied is not data["annotations"][0]
+            copied["segmentation"] = None
+    assert data["annotations"][0]["segmentation"] is OUTLINE
+
+
+@pytest.mark.parametrize("segmentation", [None, [], [[]], [[1.0, 2, 3, 4]]])
+def test_objects_without_a_mask_are_ignored(segmentation):
+    data = dataset(annotation(1, segmentation=segmentation, iscrowd=0))
+    (region,) = mask_ground_truth(coco_index(data))["annotations"]
+    assert region["iscrowd"] == 1 and region["segmentation"] == OUTLINE
+    (region,) = mask_ground_truth(coco_index(dataset(annotation(1))))["annotations"]
+    assert region["iscrowd"] == 1
+
+
+def test_masks_are_kept():
+    rle = mask_util.frPyObjects(OUTLINE, 20, 30)[0]
+    for segmentation in (OUTLINE, rle):
+        data = dataset(annotation(1, segmentation=segmentation, iscrowd=0))
+        (copied,) = mask_ground_truth(coco_index(data))["annotations"]
+        assert copied["segmentation"] == segmentation and copied["iscrowd"] == 0
+
+
+def test_mask_of_another_size():
+    data = dataset(annotation(8, segmentation={"size": [30, 20], "counts": "x"}))
+    with pytest.raises(UserError, match=r"annotation 8 of image 1: an RLE of .*\[30, 20\]"):
+        mask_ground_truth(coco_index(data))
+
+
+def test_keypoints_of_classes_that_have_them():
+    data = dataset(
+        annotation(1, num_keypoints=2),
+        annotation(2, num_keypoints=0),
+        annotation(3, category_id=2, num_keypoints=0),
+    )
+    kept = keypoint_ground_truth(coco_index(data))
+    # COCO's evaluation itself ignores the second
+    assert [a["id"] for a in kept["annotations"]] == [1, 2]
