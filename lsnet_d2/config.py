@@ -21,8 +21,11 @@ def add_lsnet_config(cfg: CN) -> None:
     cfg.MODEL.LSNET.NUM_CLASSES = 80
     # Feature maps that the head runs on, finest first. At least three.
     cfg.MODEL.LSNET.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
-    # Vertices of a contour (branch "contour").
+    # Vertices of a contour (branch "contour"), 8 to 128.
     cfg.MODEL.LSNET.NUM_CONTOUR_POINTS = 36
+    # Keypoints of a pose (branch "keypoint"); their names, flip pairs and skeleton are those of
+    # the data set.
+    cfg.MODEL.LSNET.NUM_KEYPOINTS = 17
 
     # --- head
     # Convolutions of the towers: "dcn" (modulated deformable, as in the paper) or "conv" (faster).
@@ -45,21 +48,29 @@ def add_lsnet_config(cfg: CN) -> None:
     cfg.MODEL.LSNET.CROSS_IOU_ALPHA = 0.2
     # Candidates per pyramid level and object in the ATSS assignment of the refine stage.
     cfg.MODEL.LSNET.ATSS_TOPK = 9
-    # Leave anchor points inside crowd objects out of the classification loss. False: such points
-    # are background, as in the released code.
+    # Leave anchor points inside crowd objects, and inside objects without what the first branch
+    # learns, out of the classification loss. False: such points are background, as in the
+    # released code.
     cfg.MODEL.LSNET.IGNORE_CROWD = True
     cfg.MODEL.LSNET.FOCAL_LOSS_ALPHA = 0.25
     cfg.MODEL.LSNET.FOCAL_LOSS_GAMMA = 2.0
     cfg.MODEL.LSNET.CLS_LOSS_WEIGHT = 1.0
-    # Weights of the landmark losses of each branch in order, init and refine stage.
-    cfg.MODEL.LSNET.INIT_LOSS_WEIGHTS = [1.0]
-    cfg.MODEL.LSNET.REFINE_LOSS_WEIGHTS = [2.0]
+    # Weights of the landmark losses of each branch in order, init and refine stage. Empty: the
+    # paper's for the task; 1 and 2 for every branch of a joint model.
+    cfg.MODEL.LSNET.INIT_LOSS_WEIGHTS = []
+    cfg.MODEL.LSNET.REFINE_LOSS_WEIGHTS = []
+    # What an object without a labelled keypoint teaches the pose. False: nothing. True: the
+    # vector to its centre, as in the released code.
+    cfg.MODEL.LSNET.TRAIN_UNLABELLED_POSES = False
 
     # --- inference (TEST.DETECTIONS_PER_IMAGE holds too)
     cfg.MODEL.LSNET.SCORE_THRESH_TEST = 0.05
     # Anchor points kept per pyramid level before NMS.
     cfg.MODEL.LSNET.TOPK_CANDIDATES_TEST = 1000
     cfg.MODEL.LSNET.NMS_THRESH_TEST = 0.6
+    # Detections whose box has no larger area, in square pixels of the original image, are
+    # dropped (1024 in the released code's evaluation of poses).
+    cfg.MODEL.LSNET.MIN_BOX_AREA_TEST = 0.0
 
     # EfficientNet-Lite0; MODEL.BACKBONE.FREEZE_AT holds too (1: the stem, n: n - 1 stages more).
     cfg.MODEL.EFFICIENTNET = CN()
@@ -71,6 +82,10 @@ def add_lsnet_config(cfg: CN) -> None:
     # Where the mapper takes extreme points from: "segmentation" derives them from the augmented
     # mask, "annotation" reads the key "extreme_points" written by tools/gen_coco_lsvr.py.
     cfg.INPUT.EXTREME_POINTS = "segmentation"
+
+    # How the mapper places the vertices of contours: "adaptive", or "reference" as the released
+    # code does it.
+    cfg.INPUT.CONTOUR_SAMPLING = "adaptive"
 
     # What to do about training annotations whose box is malformed, empty or outside its image:
     # "error" stops and names them, "drop" leaves them out and logs their number.

@@ -113,7 +113,7 @@ class BranchLayers(nn.Module):
         raw = flatten_levels([self.init_out(F.relu(self.init_conv(f))) for f in features])
         vectors, free = raw.tensor_split([self.vector_channels], dim=2)
         vectors = F.softplus(vectors).unflatten(2, (-1, COMPONENTS))
-        free = free.unflatten(2, (-1, 2)).flip(-1)
+        free = free.unflatten(2, (self.branch.num_free_points, 2)).flip(-1)
         return vectors, self.branch.sampling_points(vectors, free)
 
     def refined(self, features: list[Tensor], grid: PyramidGrid, vectors: Tensor) -> Tensor:

@@ -8,14 +8,17 @@ x, y in pixels of the network's input image, unless said otherwise.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.structures import Instances
 from torch import Tensor
 
-from .losses import box_penalty, cross_iou
+from ..structures import ContourMasks
+from ..tasks import branch_weights
+from .losses import box_penalty, cross_iou, cross_iou_grouped, cross_iou_per_coordinate
 from .vectors import decode_vectors, encode_vectors
 
 NUM_SAMPLING_POINTS = 9
@@ -28,24 +31,45 @@ class LandmarkTargets:
     Attributes:
         landmarks: (G, V, 2).
         boxes: (G, 4) XYXY, the boxes that belong to the landmarks.
+        centers: (G, 2), where the last vector points.
+        visible: (G, V) bool, landmarks whose place is known.
+        present: (G,) bool, objects that this branch learns from. What the others have for
+            landmarks and boxes is finite, and without meaning.
     """
 
     landmarks: Tensor
     boxes: Tensor
+    centers: Tensor
+    visible: Tensor
+    present: Tensor
+
+    @staticmethod
+    def make(
+        landmarks: Tensor,
+        boxes: Tensor,
+        visible: Tensor | None = None,
+        present: Tensor | None = None,
+    ) -> "LandmarkTargets":
+        """With the centres of the boxes; everything is visible and present if not given."""
+        if visible is None:
+            visible = torch.ones_like(landmarks[..., 0], dtype=torch.bool)
+        if present is None:
+            present = torch.ones_like(boxes[:, 0], dtype=torch.bool)
+        centers = (boxes[:, :2] + boxes[:, 2:]) / 2
+        return LandmarkTargets(landmarks, boxes, centers, visible, present)
 
     def __getitem__(self, index: Tensor) -> "LandmarkTargets":
-        return LandmarkTargets(self.landmarks[index], self.boxes[index])
+        return LandmarkTargets(*(getattr(self, f.name)[index] for f in fields(self)))
 
     @property
     def points(self) -> Tensor:
-        """(G, V + 1, 2): the landmarks and, last, the centre of the box."""
-        centers = (self.boxes[:, :2] + self.boxes[:, 2:]) / 2
-        return torch.cat([self.landmarks, centers[:, None]], dim=1)
+        """(G, V + 1, 2): the landmarks and, last, the centre."""
+        return torch.cat([self.landmarks, self.centers[:, None]], dim=1)
 
     @staticmethod
     def cat(targets: list["LandmarkTargets"]) -> "LandmarkTargets":
         return LandmarkTargets(
-            torch.cat([t.landmarks for t in targets]), torch.cat([t.boxes for t in targets])
+            *(torch.cat([getattr(t, f.name) for t in targets]) for f in fields(LandmarkTargets))
         )
 
 
@@ -61,21 +85,32 @@ class LandmarkBranch(ABC):
     """
 
     name: str
-    num_landmarks: int
-    sampling_landmarks: list[int]
     pred_field: str
 
     def __init__(
-        self, *, alpha: float = 0.2, init_weight: float = 1.0, refine_weight: float = 2.0
+        self,
+        *,
+        num_landmarks: int,
+        sampling_landmarks: list[int],
+        alpha: float = 0.2,
+        init_weight: float = 1.0,
+        refine_weight: float = 2.0,
     ) -> None:
         """
         Args:
+            num_landmarks, sampling_landmarks: see the class.
             alpha: see :func:`~lsnet_d2.modeling.vectors.encode_vectors`.
             init_weight, refine_weight: of the losses of the two stages.
         """
+        self.num_landmarks = num_landmarks
+        self.sampling_landmarks = sampling_landmarks
         self.alpha = alpha
-        self.init_weight = init_weight
-        self.refine_weight = refine_weight
+        self.loss_weights = {"init": init_weight, "refine": refine_weight}
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """Arguments that this kind of branch has besides ``alpha`` and the weights."""
+        return {}
 
     @property
     def num_vectors(self) -> int:
@@ -150,14 +185,20 @@ class LandmarkBranch(ABC):
         unit = unit[:, None]
         origin = anchors / unit
         vectors = vectors / unit[..., None]
-        targets = LandmarkTargets(targets.landmarks / unit[..., None], targets.boxes / unit)
+        targets = replace(
+            targets,
+            landmarks=targets.landmarks / unit[..., None],
+            boxes=targets.boxes / unit,
+            centers=targets.centers / unit,
+        )
         target_vectors = encode_vectors(targets.points - origin[:, None], self.alpha)
         boxes = self.boxes(decode_vectors(vectors[:, :-1]) + origin[:, None])
         overlap, penalty = self.overlap_and_penalty(vectors, target_vectors, boxes, targets)
         return 1 - overlap + penalty
 
     def add_predictions(self, instances: Instances, landmarks: Tensor) -> None:
-        """Enter predicted landmarks (N, V, 2), clipped to the image, into ``instances``."""
+        """Enter predicted landmarks (N, V, 2), clipped to the image, into ``instances``, which has
+        scores, boxes and classes."""
         instances.set(self.pred_field, clip_points(landmarks, instances.image_size))
 
     def rescale_predictions(self, instances: Instances, scale: tuple[float, float]) -> None:
@@ -174,6 +215,17 @@ def clip_points(points: Tensor, image_size: tuple[int, int]) -> Tensor:
     return torch.stack([x.clamp(0, width), y.clamp(0, height)], dim=-1)
 
 
+def span_boxes(landmarks: Tensor) -> Tensor:
+    """The upright boxes (..., 4) XYXY around landmarks (..., V, 2)."""
+    return torch.cat([landmarks.amin(dim=-2), landmarks.amax(dim=-2)], dim=-1)
+
+
+def spread_indices(count: int, chosen: int) -> list[int]:
+    """``chosen`` of ``count`` indices, evenly spread from 0 on; all of them if there are fewer."""
+    chosen = min(count, chosen)
+    return [index * count // chosen for index in range(chosen)]
+
+
 class ExtremeBranch(LandmarkBranch):
     """Top, left, bottom and right extreme points. The box lies between them.
 
@@ -181,12 +233,13 @@ class ExtremeBranch(LandmarkBranch):
     """
 
     name = "bbox"
-    num_landmarks = 4
-    sampling_landmarks = [0, 1, 2, 3]
     pred_field = "pred_extreme_points"
 
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(num_landmarks=4, sampling_landmarks=[0, 1, 2, 3], **kwargs)
+
     def targets(self, instances: Instances) -> LandmarkTargets:
-        return LandmarkTargets(instances.gt_extreme_points, instances.gt_boxes.tensor)
+        return LandmarkTargets.make(instances.gt_extreme_points, instances.gt_boxes.tensor)
 
     def boxes(self, landmarks: Tensor) -> Tensor:
         top, left, bottom, right = landmarks.unbind(-2)
@@ -197,38 +250,155 @@ class ExtremeBranch(LandmarkBranch):
         return overlap, box_penalty(boxes, targets.boxes, overlap)
 
 
-BRANCHES: dict[str, type[LandmarkBranch]] = {"extreme": ExtremeBranch}
-TASK_BRANCHES = {"bbox": ["extreme"]}
+class ContourBranch(LandmarkBranch):
+    """Vertices along the outline. The box is what they span.
+
+    Ground truth: ``gt_contours`` (G, P, 2), vertices as
+    :func:`lsnet_d2.data.contours.resample_contour` orders them; NaN for an object without a mask,
+    from which the branch learns nothing.
+    """
+
+    name = "segm"
+    pred_field = "pred_contours"
+    # With 36 vertices the released code samples at these; its checkpoints depend on it.
+    _SAMPLING = {36: [0, 5, 10, 15, 20, 25, 30, 35]}
+    _VERTICES_PER_GROUP = 4
+
+    def __init__(self, *, num_points: int = 36, **kwargs: Any) -> None:
+        """
+        Args:
+            num_points: P, 8 to 128.
+
+        Raises:
+            ValueError: P is out of range; the message names the config's key.
+        """
+        if not 8 <= num_points <= 128:
+            raise ValueError(
+                f"MODEL.LSNET.NUM_CONTOUR_POINTS is {num_points}; it must be from 8 to 128"
+            )
+        sampling = self._SAMPLING.get(num_points, spread_indices(num_points, 8))
+        super().__init__(num_landmarks=num_points, sampling_landmarks=sampling, **kwargs)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        return {"num_points": cfg.MODEL.LSNET.NUM_CONTOUR_POINTS}
+
+    def targets(self, instances: Instances) -> LandmarkTargets:
+        contours = instances.gt_contours
+        present = contours.isfinite().all(dim=2).all(dim=1)
+        contours = torch.where(present[:, None, None], contours, torch.zeros_like(contours))
+        return LandmarkTargets.make(contours, span_boxes(contours), present=present)
+
+    def boxes(self, landmarks: Tensor) -> Tensor:
+        return span_boxes(landmarks)
+
+    def overlap_and_penalty(self, vectors, target_vectors, boxes, targets):
+        groups = self.num_landmarks // self._VERTICES_PER_GROUP
+        overlap = cross_iou_grouped(vectors, target_vectors, groups)
+        return overlap, box_penalty(boxes, targets.boxes, overlap)
+
+    def rescale_predictions(self, instances: Instances, scale: tuple[float, float]) -> None:
+        """Besides, enter the masks of the final contours, as ``pred_masks``."""
+        super().rescale_predictions(instances, scale)
+        contours = instances.get(self.pred_field)
+        instances.pred_masks = ContourMasks(contours, instances.image_size)
+
+
+class KeypointBranch(LandmarkBranch):
+    """Keypoints of a pose. The box is what they span.
+
+    Ground truth: ``gt_keypoints``, Detectron2's ``Keypoints`` (G, K, 3) with visibility 0 (not
+    labelled), 1 (hidden) or 2; the latter two are learned alike. From an object without labelled
+    keypoints the branch learns nothing, or where its centre is.
+
+    ``pred_keypoints`` is (N, K, 3): x, y, and the score of the detection.
+    """
+
+    name = "pose"
+    pred_field = "pred_keypoints"
+    # Of COCO's 17 the released code samples at the left ones; its checkpoints depend on it.
+    _SAMPLING = {17: [1, 3, 5, 7, 9, 11, 13, 15]}
+
+    def __init__(
+        self, *, num_keypoints: int = 17, train_unlabelled: bool = False, **kwargs: Any
+    ) -> None:
+        """
+        Args:
+            num_keypoints: K, at least 1.
+            train_unlabelled: whether an object without labelled keypoints trains the vector to
+                its centre, as in the released code. It needs another branch to give its box.
+
+        Raises:
+            ValueError: K is 0; the message names the config's key.
+        """
+        if num_keypoints < 1:
+            raise ValueError(f"MODEL.LSNET.NUM_KEYPOINTS is {num_keypoints}; it must be positive")
+        sampling = self._SAMPLING.get(num_keypoints, spread_indices(num_keypoints, 8))
+        super().__init__(num_landmarks=num_keypoints, sampling_landmarks=sampling, **kwargs)
+        self.train_unlabelled = train_unlabelled
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        return {
+            "num_keypoints": cfg.MODEL.LSNET.NUM_KEYPOINTS,
+            "train_unlabelled": cfg.MODEL.LSNET.TRAIN_UNLABELLED_POSES,
+        }
+
+    def targets(self, instances: Instances) -> LandmarkTargets:
+        keypoints = instances.gt_keypoints.tensor
+        places, visible = keypoints[..., :2], keypoints[..., 2] > 0
+        low = places.masked_fill(~visible[..., None], torch.inf).amin(dim=1)
+        high = places.masked_fill(~visible[..., None], -torch.inf).amax(dim=1)
+        labelled = visible.any(dim=1)
+        boxes = torch.cat([low, high], dim=1).masked_fill(~labelled[:, None], 0)
+        present = labelled | self.train_unlabelled
+        return LandmarkTargets.make(places, boxes, visible=visible, present=present)
+
+    def boxes(self, landmarks: Tensor) -> Tensor:
+        return span_boxes(landmarks)
+
+    def overlap_and_penalty(self, vectors, target_vectors, boxes, targets):
+        overlap = cross_iou_per_coordinate(vectors, target_vectors, targets.visible)
+        return overlap, torch.zeros_like(overlap)
+
+    def add_predictions(self, instances: Instances, landmarks: Tensor) -> None:
+        self._enter(instances, landmarks)
+
+    def rescale_predictions(self, instances: Instances, scale: tuple[float, float]) -> None:
+        places = instances.get(self.pred_field)[..., :2]
+        self._enter(instances, places * places.new_tensor(scale))
+
+    def _enter(self, instances: Instances, places: Tensor) -> None:
+        places = clip_points(places, instances.image_size)
+        scores = instances.scores[:, None, None].expand(-1, self.num_landmarks, 1)
+        instances.set(self.pred_field, torch.cat([places, scores.to(places)], dim=2))
+
+
+BRANCHES: dict[str, type[LandmarkBranch]] = {
+    "extreme": ExtremeBranch,
+    "contour": ContourBranch,
+    "keypoint": KeypointBranch,
+}
 
 
 def build_branches(cfg: CfgNode) -> list[LandmarkBranch]:
     """The branches of MODEL.LSNET.TASK. The first supplies boxes, the last steers classification.
 
     Raises:
-        ValueError: the task or a branch is unknown, or a branch has no loss weights; the message
-            names the key.
+        ValueError: see :func:`lsnet_d2.tasks.branch_weights` and the branches.
     """
-    task = cfg.MODEL.LSNET.TASK
-    names = cfg.MODEL.LSNET.BRANCHES if task == "joint" else TASK_BRANCHES.get(task)
-    if names is None:
-        known = ", ".join([*TASK_BRANCHES, "joint"])
-        raise ValueError(f"MODEL.LSNET.TASK is {task!r}; it must be one of {known}")
-    unknown = [name for name in names if name not in BRANCHES]
-    if unknown or not names or len(set(names)) < len(names):
+    weights = branch_weights(cfg)
+    if cfg.MODEL.LSNET.TRAIN_UNLABELLED_POSES and next(iter(weights)) == "keypoint":
         raise ValueError(
-            f"MODEL.LSNET.BRANCHES is {list(names)}; it must list one or more of "
-            f"{', '.join(BRANCHES)}, each once"
+            "MODEL.LSNET.TRAIN_UNLABELLED_POSES is True, but where the keypoints supply the boxes "
+            "an object without keypoints has none"
         )
-    init, refine = cfg.MODEL.LSNET.INIT_LOSS_WEIGHTS, cfg.MODEL.LSNET.REFINE_LOSS_WEIGHTS
-    for key, weights in (("INIT", init), ("REFINE", refine)):
-        if len(weights) != len(names):
-            raise ValueError(
-                f"MODEL.LSNET.{key}_LOSS_WEIGHTS is {list(weights)}; it must have one value for "
-                f"each of the branches {', '.join(names)}"
-            )
     return [
         BRANCHES[name](
-            alpha=cfg.MODEL.LSNET.CROSS_IOU_ALPHA, init_weight=w_init, refine_weight=w_refine
+            alpha=cfg.MODEL.LSNET.CROSS_IOU_ALPHA,
+            init_weight=init,
+            refine_weight=refine,
+            **BRANCHES[name].from_config(cfg),
         )
-        for name, w_init, w_refine in zip(names, init, refine, strict=True)
+        for name, (init, refine) in weights.items()
     ]

@@ -1,5 +1,7 @@
 """The LSNet meta-architecture (arXiv 2104.04899)."""
 
+from dataclasses import dataclass, replace
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -22,6 +24,26 @@ __all__ = ["LSNet"]
 
 # The landmark losses are computed in units of this many cells (released code: point_base_scale).
 _BASE_SCALE = 4
+
+
+@dataclass
+class Positives:
+    """Anchor points that learn an object, N of them.
+
+    Attributes:
+        image, point: (N,) where they are.
+        object: (N,) what they learn, counted through all images.
+    """
+
+    image: Tensor
+    point: Tensor
+    object: Tensor
+
+    def __getitem__(self, index: Tensor) -> "Positives":
+        return Positives(self.image[index], self.point[index], self.object[index])
+
+    def __len__(self) -> int:
+        return len(self.image)
 
 
 @META_ARCH_REGISTRY.register()
@@ -53,6 +75,7 @@ class LSNet(DenseDetector):
         test_score_thresh: float = 0.05,
         test_topk_candidates: int = 1000,
         test_nms_thresh: float = 0.6,
+        test_min_box_area: float = 0.0,
         max_detections_per_image: int = 100,
         pixel_mean: list[float],
         pixel_std: list[float],
@@ -63,8 +86,10 @@ class LSNet(DenseDetector):
             backbone, head_in_features, pixel_mean, pixel_std: see :class:`DenseDetector`.
             head: predicts vectors for the same branches.
             branches: the first one supplies the boxes of assignment and NMS.
-            ignore_crowd: leave points inside ``ignore_boxes`` out of the classification loss.
+            ignore_crowd: leave points inside ``ignore_boxes``, and inside objects without what the
+                first branch learns, out of the classification loss.
             test_topk_candidates: points kept per level before NMS.
+            test_min_box_area: in square pixels of the original image; detections need more.
             input_format: channel order of the images, for visualisation.
         """
         super().__init__(
@@ -82,6 +107,7 @@ class LSNet(DenseDetector):
         self.test_score_thresh = test_score_thresh
         self.test_topk_candidates = test_topk_candidates
         self.test_nms_thresh = test_nms_thresh
+        self.test_min_box_area = test_min_box_area
         self.max_detections_per_image = max_detections_per_image
         self.input_format = input_format
 
@@ -105,6 +131,7 @@ class LSNet(DenseDetector):
             "test_score_thresh": cfg.MODEL.LSNET.SCORE_THRESH_TEST,
             "test_topk_candidates": cfg.MODEL.LSNET.TOPK_CANDIDATES_TEST,
             "test_nms_thresh": cfg.MODEL.LSNET.NMS_THRESH_TEST,
+            "test_min_box_area": cfg.MODEL.LSNET.MIN_BOX_AREA_TEST,
             "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
@@ -127,6 +154,7 @@ class LSNet(DenseDetector):
                     inputs.get("height", result.image_size[0]),
                     inputs.get("width", result.image_size[1]),
                     self.branches,
+                    min_box_area=self.test_min_box_area,
                 )
             }
             for inputs, result in zip(batched_inputs, results, strict=True)
@@ -143,28 +171,54 @@ class LSNet(DenseDetector):
     ) -> dict[str, Tensor]:
         """Losses by name, each a scalar with its weight."""
         instances = [inputs["instances"].to(self.device) for inputs in batched_inputs]
-        targets = [[branch.targets(x) for x in instances] for branch in self.branches]
+        regions = [
+            self.ignored_regions(i, x) for i, x in zip(batched_inputs, instances, strict=True)
+        ]
+        instances = [x[self.branches[0].targets(x).present] for x in instances]
+        targets = self.targets(instances)
         gt_classes = [x.gt_classes for x in instances]
         valid = torch.stack([self.valid_points(points, size) for size in image_sizes])
-        ignored = torch.stack([self.ignored_points(points, inputs) for inputs in batched_inputs])
+        ignored = torch.stack([points_in_boxes(points.xy, boxes) for boxes in regions])
 
         init, refine = self.assign(points, predictions, targets[0], valid)
-        init_normalizer, refine_normalizer = self.normalizers(init, refine)
+        targets = [LandmarkTargets.cat(t) for t in targets]
+        losses = {}
+        for stage, assigned, vectors in (
+            ("init", init, predictions.init),
+            ("refine", refine, predictions.refine),
+        ):
+            positives = self.positives(assigned, [len(x) for x in instances])
+            normalizers = self.normalizers(positives, targets, len(instances))
+            count = len(positives) / len(instances)
+            get_event_storage().put_scalar(f"lsnet/num_pos_{stage}", count)
+            for i, branch in enumerate(self.branches):
+                loss = self.landmark_loss(branch, points, vectors[i], positives, targets[i])
+                weight = branch.loss_weights[stage]
+                losses[f"loss_{branch.name}_{stage}"] = weight * loss / normalizers[i + 1]
+        # Classes are learned where the refine stage has its objects.
+        counted = valid & ~((refine < 0) & ignored)
+        loss = self.classification_loss(predictions.logits, refine, gt_classes, counted)
+        return {"loss_cls": self.cls_loss_weight * loss / normalizers[0], **losses}
 
-        losses = {
-            "loss_cls": self.classification_loss(
-                predictions.logits, refine, gt_classes, valid & ~((refine < 0) & ignored)
-            )
-            / refine_normalizer
-        }
-        for i, branch in enumerate(self.branches):
-            for stage, vectors, assigned, weight, normalizer in (
-                ("init", predictions.init, init, branch.init_weight, init_normalizer),
-                ("refine", predictions.refine, refine, branch.refine_weight, refine_normalizer),
-            ):
-                loss = self.landmark_loss(branch, points, vectors[i], assigned, targets[i])
-                losses[f"loss_{branch.name}_{stage}"] = weight * loss / normalizer
-        return losses
+    def targets(self, instances: list[Instances]) -> list[list[LandmarkTargets]]:
+        """Of each branch and image. All aim at the centres of the first branch's boxes."""
+        targets = [[branch.targets(x) for x in instances] for branch in self.branches]
+        return [
+            [replace(t, centers=first.centers) for t, first in zip(own, targets[0], strict=True)]
+            for own in targets
+        ]
+
+    def ignored_regions(self, inputs: dict, instances: Instances) -> Tensor:
+        """(R, 4) XYXY: what is neither object nor background.
+
+        These are the ``ignore_boxes``, and the objects of which the first branch learns nothing:
+        they are not assigned to any point.
+        """
+        if not self.ignore_crowd:
+            return instances.gt_boxes.tensor[:0]
+        boxes = instances.gt_boxes.tensor[~self.branches[0].targets(instances).present]
+        ignored = inputs.get("ignore_boxes")
+        return boxes if ignored is None else torch.cat([boxes, ignored.to(boxes)])
 
     def valid_points(self, points: AnchorPoints, image_size: tuple[int, int]) -> Tensor:
         """(A,) bool: points on the image and on its own padding, not on that of the batch."""
@@ -174,13 +228,6 @@ class LSNet(DenseDetector):
         # begins before its end.
         height, width = padded
         return (points.xy[:, 0] < width) & (points.xy[:, 1] < height)
-
-    def ignored_points(self, points: AnchorPoints, inputs: dict) -> Tensor:
-        """(A,) bool: points inside regions that are neither object nor background."""
-        regions = inputs.get("ignore_boxes") if self.ignore_crowd else None
-        if regions is None:
-            return torch.zeros(len(points.xy), dtype=torch.bool, device=points.xy.device)
-        return points_in_boxes(points.xy, regions.to(points.xy))
 
     @torch.no_grad()
     def assign(
@@ -216,17 +263,36 @@ class LSNet(DenseDetector):
             refine.append(assignment)
         return torch.stack(init), torch.stack(refine)
 
-    def normalizers(self, init: Tensor, refine: Tensor) -> tuple[Tensor, Tensor]:
-        """Positives of each stage, at least one an image, averaged over workers."""
-        positives = torch.stack([(init >= 0).sum(1), (refine >= 0).sum(1)]).float()
-        storage = get_event_storage()
-        storage.put_scalar("lsnet/num_pos_init", positives[0].mean().item())
-        storage.put_scalar("lsnet/num_pos_refine", positives[1].mean().item())
-        totals = positives.clamp(min=1).sum(dim=1)
-        if comm.get_world_size() > 1:
+    @staticmethod
+    def positives(assigned: Tensor, num_objects: list[int]) -> Positives:
+        """
+        Args:
+            assigned: (B, A), objects counted in each image, or -1.
+            num_objects: of each image.
+        """
+        image, point = torch.nonzero(assigned >= 0, as_tuple=True)
+        counts = torch.tensor(num_objects, device=assigned.device)
+        first = counts.cumsum(0) - counts
+        return Positives(image, point, first[image] + assigned[image, point])
+
+    def normalizers(
+        self, positives: Positives, targets: list[LandmarkTargets], num_images: int
+    ) -> Tensor:
+        """What the losses of a stage are divided by, averaged over workers.
+
+        Returns:
+            (1 + branches,): for the classes the number of positives, at least one an image; for
+            each branch that number without the positives from which it learns nothing.
+        """
+        per_image = torch.bincount(positives.image, minlength=num_images)
+        total = per_image.clamp(min=1).sum()
+        without = [(~target.present[positives.object]).sum() for target in targets]
+        totals = torch.stack([total, *(total - n for n in without)]).float()
+        workers = comm.get_world_size()
+        if workers > 1:
             dist.all_reduce(totals)
-            totals /= comm.get_world_size()
-        return totals[0], totals[1]
+            totals /= workers
+        return totals.clamp(min=1 / workers)
 
     def classification_loss(
         self, logits: Tensor, assigned: Tensor, gt_classes: list[Tensor], counted: Tensor
@@ -244,41 +310,36 @@ class LSNet(DenseDetector):
             positive = assigned[image] >= 0
             labels[image, positive] = classes[assigned[image, positive]]
         labels = F.one_hot(labels[counted], self.num_classes + 1)[:, :-1]
-        loss = sigmoid_focal_loss(
+        return sigmoid_focal_loss(
             logits[counted].float(),
             labels.float(),
             alpha=self.focal_loss_alpha,
             gamma=self.focal_loss_gamma,
             reduction="sum",
         )
-        return self.cls_loss_weight * loss
 
     def landmark_loss(
         self,
         branch: LandmarkBranch,
         points: AnchorPoints,
         vectors: Tensor,
-        assigned: Tensor,
-        targets: list[LandmarkTargets],
+        positives: Positives,
+        targets: LandmarkTargets,
     ) -> Tensor:
-        """Loss of a branch, summed over positive points.
+        """Loss of a branch, summed over the positive points that it learns from.
 
         Args:
             vectors: (B, A, V + 1, 4) in cells.
-            assigned: (B, A).
-            targets: per image.
+            targets: of the objects of all images.
         """
-        image, point = torch.nonzero(assigned >= 0, as_tuple=True)
-        if len(image) == 0:
+        positives = positives[targets.present[positives.object]]
+        if len(positives) == 0:
             return vectors.sum() * 0  # keeps the graph: all workers have the same parameters
-        counts = torch.tensor([len(t.boxes) for t in targets], device=assigned.device)
-        first = counts.cumsum(0) - counts
-        target = LandmarkTargets.cat(targets)[first[image] + assigned[image, point]]
-        stride = points.strides[point]
+        stride = points.strides[positives.point]
         loss = branch.loss(
-            vectors[image, point].float() * stride[:, None, None],
-            target,
-            points.xy[point],
+            vectors[positives.image, positives.point].float() * stride[:, None, None],
+            targets[positives.object],
+            points.xy[positives.point],
             _BASE_SCALE * stride,
         )
         return loss.sum()

@@ -5,7 +5,6 @@ Letters: A anchor points of one image, K classes, V landmarks.
 
 import torch
 from detectron2.layers import batched_nms
-from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
@@ -80,11 +79,25 @@ def make_instances(
 
 
 def rescale_instances(
-    instances: Instances, height: int, width: int, branches: list[LandmarkBranch]
+    instances: Instances,
+    height: int,
+    width: int,
+    branches: list[LandmarkBranch],
+    *,
+    min_box_area: float = 0.0,
 ) -> Instances:
-    """Detections in pixels of an image of another size; detections with empty boxes are dropped."""
+    """Detections in pixels of an image of another size.
+
+    Detections whose box has no area, or none above ``min_box_area`` in square pixels of that image,
+    are dropped. (Detectron2's ``detector_postprocess`` scales keypoints in place and takes masks
+    for those of regions.)
+    """
     scale = (width / instances.image_size[1], height / instances.image_size[0])
-    results = detector_postprocess(instances, height, width)
+    results = Instances((height, width), **instances.get_fields())
+    results.pred_boxes = instances.pred_boxes.clone()
+    results.pred_boxes.scale(*scale)
+    results.pred_boxes.clip(results.image_size)
+    results = results[results.pred_boxes.nonempty() & (results.pred_boxes.area() > min_box_area)]
     for branch in branches:
         branch.rescale_predictions(results, scale)
     return results

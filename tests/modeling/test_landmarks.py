@@ -1,11 +1,18 @@
 import pytest
 import torch
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, Instances, Keypoints
 from parity import Recorded, relative_difference
 from tiny_model import tiny_cfg
 
 from lsnet_d2.layers.deform_conv import tap_offsets
-from lsnet_d2.modeling.landmarks import ExtremeBranch, LandmarkTargets, build_branches
+from lsnet_d2.modeling.landmarks import (
+    ContourBranch,
+    ExtremeBranch,
+    KeypointBranch,
+    LandmarkTargets,
+    build_branches,
+    span_boxes,
+)
 from lsnet_d2.modeling.vectors import encode_vectors
 
 
@@ -45,7 +52,7 @@ class TestExtremeBranch:
     def test_loss_of_a_perfect_prediction_is_zero_in_any_unit(self):
         branch = ExtremeBranch()
         landmarks = torch.tensor([[[20.0, 5.0], [5.0, 30.0], [25.0, 50.0], [40.0, 28.0]]])
-        targets = LandmarkTargets(landmarks, branch.boxes(landmarks))
+        targets = LandmarkTargets.make(landmarks, branch.boxes(landmarks))
         anchors = torch.tensor([[16.0, 24.0]])
         vectors = encode_vectors(targets.points - anchors[:, None], branch.alpha)
         for unit in (1.0, 32.0):
@@ -65,11 +72,151 @@ class TestExtremeBranch:
         assert larger.pred_extreme_points[0].tolist() == [[3 * x, 2 * y] for x, y in clipped]
 
 
+@pytest.mark.parametrize(
+    ("recording", "branch"), [("segm.", ContourBranch()), ("pose_bbox.", KeypointBranch())]
+)
+class TestContourAndKeypointBranch:
+    def test_sampling_points_are_those_of_the_released_code(self, recording, branch):
+        recorded = Recorded("comp_head_decode.npz", recording)
+        vectors = channels_last(recorded, "softplus", 4)
+        points = branch.sampling_points(vectors, vectors.new_zeros(*vectors.shape[:-2], 0, 2))
+        expected = channels_last(recorded, "kernel_points_yx", 2).flip(-1)
+        assert relative_difference(points, expected) < 1e-6
+
+    def test_landmarks_and_boxes_are_those_of_the_released_code(self, recording, branch):
+        recorded = Recorded("comp_head_decode.npz", recording)
+        vectors = channels_last(recorded, "softplus", 4)
+        origin = torch.zeros(*vectors.shape[:-2], 2)
+        landmarks = branch.decode(vectors, origin, torch.ones(vectors.shape[:-2]))
+        expected = channels_last(recorded, "landmarks_xy", 2)
+        assert relative_difference(landmarks, expected) < 1e-6
+        expected = recorded["boxes"].permute(0, 2, 3, 1)
+        assert relative_difference(branch.boxes(landmarks), expected) < 1e-6
+
+    def test_loss_of_a_perfect_prediction_is_zero_in_any_unit(self, recording, branch):
+        generator = torch.Generator().manual_seed(0)
+        landmarks = torch.rand(2, branch.num_landmarks, 2, generator=generator) * 50 + 5
+        targets = LandmarkTargets.make(landmarks, span_boxes(landmarks))
+        anchors = torch.tensor([[16.0, 24.0], [40.0, 8.0]])
+        vectors = encode_vectors(targets.points - anchors[:, None], branch.alpha)
+        for unit in (1.0, 32.0):
+            loss = branch.loss(vectors, targets, anchors, torch.full((2,), unit))
+            assert loss.tolist() == pytest.approx([0, 0], abs=1e-5)
+            worse = branch.loss(vectors * 1.5, targets, anchors, torch.full((2,), unit))
+            assert (worse > 0.3).all()
+
+
+class TestContourBranch:
+    @pytest.mark.parametrize("num_points", [8, 9, 17, 36, 64, 128])
+    def test_samples_at_eight_vertices_and_the_centre(self, num_points):
+        branch = ContourBranch(num_points=num_points)
+        assert branch.num_free_points == 0
+        chosen = branch.sampling_landmarks
+        assert chosen == sorted(set(chosen)) and len(chosen) == 8 and chosen[-1] < num_points
+
+    @pytest.mark.parametrize("num_points", [7, 129])
+    def test_number_of_vertices_is_limited(self, num_points):
+        with pytest.raises(ValueError, match=r"NUM_CONTOUR_POINTS.*8 to 128"):
+            ContourBranch(num_points=num_points)
+
+    def test_objects_without_a_contour_are_absent(self):
+        instances = Instances((100, 100))
+        contours = torch.rand(3, 36, 2) * 50
+        contours[1] = torch.nan
+        instances.gt_contours = contours
+        targets = ContourBranch().targets(instances)
+        assert targets.present.tolist() == [True, False, True]
+        assert targets.points.isfinite().all()
+        assert torch.equal(targets.boxes[2], span_boxes(contours[2]))
+
+    def test_masks_are_those_of_the_rescaled_contours(self):
+        branch = ContourBranch(num_points=8)
+        square = [[10, 5], [5, 5], [5, 10], [5, 15], [10, 15], [15, 15], [15, 10], [15, 5]]
+        instances = Instances((20, 20), pred_contours=torch.tensor([square], dtype=torch.float32))
+        branch.rescale_predictions(instances, (1.0, 0.5))
+        (mask,) = instances.pred_masks
+        assert mask.sum() == 10 * 5 and mask[3:7, 5:15].all()
+
+
+class TestKeypointBranch:
+    def targets(self, visibility, **kwargs):
+        keypoints = torch.arange(6.0).view(1, 3, 2).repeat(len(visibility), 1, 1)
+        keypoints = torch.cat([keypoints, torch.tensor(visibility)[..., None].float()], dim=2)
+        instances = Instances((100, 100), gt_keypoints=Keypoints(keypoints))
+        return KeypointBranch(num_keypoints=3, **kwargs).targets(instances)
+
+    def test_box_is_that_of_labelled_keypoints(self):
+        targets = self.targets([[2, 1, 0], [0, 2, 0], [0, 0, 0]])
+        assert targets.boxes.tolist() == [[0, 1, 2, 3], [2, 3, 2, 3], [0, 0, 0, 0]]
+        assert targets.visible.tolist() == [
+            [True, True, False],
+            [False, True, False],
+            [False, False, False],
+        ]
+
+    def test_objects_without_labelled_keypoints_are_absent_unless_wanted(self):
+        assert self.targets([[0, 1, 0], [0, 0, 0]]).present.tolist() == [True, False]
+        targets = self.targets([[0, 1, 0], [0, 0, 0]], train_unlabelled=True)
+        assert targets.present.tolist() == [True, True]
+
+    @pytest.mark.parametrize(
+        ("count", "free"), [(1, 7), (5, 3), (8, 0), (13, 0), (17, 0), (133, 0)]
+    )
+    def test_any_number_of_keypoints(self, count, free):
+        branch = KeypointBranch(num_keypoints=count)
+        assert branch.num_free_points == free
+        assert max(branch.sampling_landmarks) < count
+
+    def test_predictions_are_rescaled_and_have_the_score_of_the_detection(self):
+        branch = KeypointBranch(num_keypoints=2)
+        instances = Instances((50, 100), scores=torch.tensor([0.7]))
+        branch.add_predictions(instances, torch.tensor([[[20.0, -5.0], [140.0, 28.0]]]))
+        assert instances.pred_keypoints[0].flatten().tolist() == pytest.approx(
+            [20, 0, 0.7, 100, 28, 0.7]
+        )
+        branch.rescale_predictions(instances, (0.5, 0.5))
+        assert instances.pred_keypoints[0, :, :2].tolist() == [[10, 0], [50, 14]]
+
+    def test_needs_a_keypoint(self):
+        with pytest.raises(ValueError, match="NUM_KEYPOINTS is 0"):
+            KeypointBranch(num_keypoints=0)
+
+
 class TestBuildBranches:
     def test_task(self):
         (branch,) = build_branches(tiny_cfg(CROSS_IOU_ALPHA=0.3))
         assert isinstance(branch, ExtremeBranch) and branch.alpha == 0.3
         assert branch.num_vectors == 5 and branch.num_free_points == 4
+
+    @pytest.mark.parametrize(
+        ("task", "expected"),
+        [
+            ("segm", {"segm": (1, 2)}),
+            ("pose_bbox", {"bbox": (0.1, 0.2), "pose": (1, 2)}),
+            ("pose_kbox", {"pose": (1, 2)}),
+        ],
+    )
+    def test_tasks_have_the_weights_of_the_paper(self, task, expected):
+        branches = build_branches(tiny_cfg(TASK=task))
+        weights = {b.name: (b.loss_weights["init"], b.loss_weights["refine"]) for b in branches}
+        assert weights == expected
+
+    def test_joint_takes_sizes_and_weights_from_the_config(self):
+        extreme, contour, keypoint = build_branches(
+            tiny_cfg(
+                TASK="joint",
+                BRANCHES=["extreme", "contour", "keypoint"],
+                NUM_CONTOUR_POINTS=24,
+                NUM_KEYPOINTS=13,
+                INIT_LOSS_WEIGHTS=[0.5, 1.0, 2.0],
+            )
+        )
+        assert (extreme.num_landmarks, contour.num_landmarks, keypoint.num_landmarks) == (4, 24, 13)
+        assert keypoint.loss_weights == {"init": 2.0, "refine": 2.0}
+
+    def test_unlabelled_poses_need_boxes(self):
+        with pytest.raises(ValueError, match="TRAIN_UNLABELLED_POSES"):
+            build_branches(tiny_cfg(TASK="pose_kbox", TRAIN_UNLABELLED_POSES=True))
 
     def test_unknown_task_names_the_key(self):
         with pytest.raises(ValueError, match=r"MODEL\.LSNET\.TASK is 'boxes'.*bbox"):

@@ -1,13 +1,14 @@
 """The whole model against the released code, from pixels to losses, gradients and detections."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, Instances, Keypoints
 from detectron2.utils.events import EventStorage
 from parity import DIRECTORY, Recorded, golden_weight, relative_difference
 
@@ -33,26 +34,59 @@ def released_state_dict(case):
     return weights, names
 
 
+@dataclass
+class Case:
+    """A model with the weights of the released code, under the name of its recorded runs."""
+
+    name: str
+    model: torch.nn.Module
+    names: dict
+
+    def read_inputs(self, run):
+        return read_inputs(self.name, run)
+
+
+@pytest.fixture(scope="module", params=["bbox", "segm", "pose_bbox", "pose_kbox"])
+def case(request):
+    return build_case(request.param)
+
+
 @pytest.fixture(scope="module")
-def bbox_r50():
-    return build_case("bbox_r50", "bbox", num_classes=80)
+def bbox_case():
+    return build_case("bbox")
 
 
-def build_case(case, task, num_classes):
+RUNS = ["even", "odd"]
+RUNS_WITH_EMPTY = ["even", "odd", "empty1", "empty2"]
+
+
+def skip_unrecorded(case, run):
+    if not (DIRECTORY / f"model_{case.name}_{run}.npz").exists():
+        assert run in ("empty1", "empty2") and case.name != "bbox_r50"
+        pytest.skip("the released code fails on an image without objects")
+
+
+def build_case(task):
+    case = f"{task}_r50"
     cfg = get_cfg()
     add_lsnet_config(cfg)
     cfg.merge_from_file(CONFIGS / "Base-LSNet.yaml")
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.LSNET.TASK = task
-    cfg.MODEL.LSNET.NUM_CLASSES = num_classes
+    cfg.MODEL.LSNET.NUM_CLASSES = 1 if task.startswith("pose") else 80
     cfg.MODEL.LSNET.REFERENCE_OFFSETS = True
+    cfg.MODEL.LSNET.TRAIN_UNLABELLED_POSES = task == "pose_bbox"
+    cfg.MODEL.LSNET.IGNORE_CROWD = False
+    if task.startswith("pose"):
+        cfg.MODEL.LSNET.TOPK_CANDIDATES_TEST = 100
+        cfg.TEST.DETECTIONS_PER_IMAGE = 20
     model = build_model(cfg)
     weights, names = released_state_dict(case)
     missing, unexpected = model.load_state_dict(
         convert_lsnet_checkpoint(weights, cfg), strict=False
     )
     assert not unexpected and not missing
-    return model, cfg, names
+    return Case(case, model, names)
 
 
 def read_inputs(case, run):
@@ -64,9 +98,29 @@ def read_inputs(case, run):
         instances = Instances(tuple(image.shape[1:]))
         instances.gt_boxes = Boxes(recorded[f"gt_boxes_{i}"])
         instances.gt_classes = recorded[f"gt_labels_{i}"]
-        instances.gt_extreme_points = recorded[f"gt_extremes_{i}"].view(-1, 5, 2)[:, :4]
+        add_landmarks(instances, recorded, i)
         inputs.append({"image": image, "instances": instances})
     return inputs, images, recorded
+
+
+def add_landmarks(instances, recorded, i):
+    """Ground truth as the heads of the released code have it."""
+    if f"gt_extremes_{i}" in recorded:
+        points = recorded[f"gt_extremes_{i}"].view(-1, 5, 2)[:, :4]
+    else:  # the middles of the sides stand in
+        x0, y0, x1, y1 = instances.gt_boxes.tensor.unbind(1)
+        x, y = (x0 + x1) / 2, (y0 + y1) / 2
+        points = torch.stack([x, y0, x0, y, x, y1, x1, y], dim=1).view(-1, 4, 2)
+    instances.gt_extreme_points = points
+    if f"gt_keypoints_{i}" in recorded:
+        instances.gt_keypoints = Keypoints(recorded[f"gt_keypoints_{i}"].view(-1, 17, 3))
+    if f"gt_polygons_{i}" in recorded:  # of each object's parts the largest
+        parts = recorded[f"gt_polygons_{i}"].view(-1, 36, 2)
+        owner = recorded[f"gt_polygon_inst_{i}"]
+        following = parts.roll(-1, dims=1)
+        areas = (parts[..., 0] * following[..., 1] - parts[..., 1] * following[..., 0]).sum(1).abs()
+        largest = [areas.masked_fill(owner != k, -1).argmax() for k in range(len(instances))]
+        instances.gt_contours = parts[torch.stack(largest)].float()
 
 
 def run_model(model, inputs, reference_offsets):
@@ -88,10 +142,10 @@ def assert_map(actual, recorded, key, tolerance=1e-3):
     assert difference < tolerance, f"{key}: {difference}"
 
 
-@pytest.mark.parametrize("run", ["even", "odd"])
-def test_inputs_and_features(bbox_r50, run):
-    model, _, _ = bbox_r50
-    inputs, recorded_images, recorded = read_inputs("bbox_r50", run)
+@pytest.mark.parametrize("run", RUNS)
+def test_inputs_and_features(bbox_case, run):
+    model = bbox_case.model
+    inputs, recorded_images, recorded = bbox_case.read_inputs(run)
     model.eval()
     with torch.no_grad():
         images = model.preprocess_image(inputs)
@@ -108,10 +162,10 @@ def test_inputs_and_features(bbox_r50, run):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("run", ["even", "odd"])
-def test_head_outputs(bbox_r50, run, variant):
-    model, _, _ = bbox_r50
-    inputs, _, recorded = read_inputs("bbox_r50", run)
+@pytest.mark.parametrize("run", RUNS)
+def test_head_outputs(case, run, variant):
+    model = case.model
+    inputs, _, recorded = case.read_inputs(run)
     model.eval()
     with torch.no_grad():
         _, _, predictions, _ = run_model(model, inputs, VARIANTS[variant])
@@ -127,16 +181,20 @@ def test_head_outputs(bbox_r50, run, variant):
             assert_map(output, recorded, f"{key}_{level}")
 
 
-@pytest.mark.parametrize("run", ["even", "odd", "empty1", "empty2"])
-def test_assignments(bbox_r50, run):
-    model, _, _ = bbox_r50
-    inputs, _, recorded = read_inputs("bbox_r50", run)
+@pytest.mark.parametrize("run", RUNS_WITH_EMPTY)
+def test_assignments(case, run):
+    skip_unrecorded(case, run)
+    model = case.model
+    inputs, _, recorded = case.read_inputs(run)
     model.eval()
     with torch.no_grad():
         images, _, predictions, points = run_model(model, inputs, True)
     valid = torch.stack([model.valid_points(points, size) for size in images.image_sizes])
-    targets = [model.branches[0].targets(x["instances"]) for x in inputs]
     branch = model.branches[0]
+    targets = [branch.targets(x["instances"]) for x in inputs]
+    # Objects without a box of the first branch take no part; numbers in the recording count them.
+    present = [torch.nonzero(t.present).squeeze(1) for t in targets]
+    targets = [t[index] for t, index in zip(targets, present, strict=True)]
     boxes = branch.boxes(branch.decode(predictions.init[0], points.xy, points.strides))
     for stage, assigned in zip(
         ("init", "refine"), model.assign(points, predictions, targets, valid), strict=True
@@ -145,80 +203,109 @@ def test_assignments(bbox_r50, run):
             assert relative_difference(boxes[i], recorded[f"refine_proposals_{i}"]) < 1e-5
             expected = recorded[f"assign_{stage}_{i}"].long()
             assert torch.equal(valid[i], expected >= 0), (stage, i)
-            assert torch.equal((assigned[i] + 1).masked_fill(~valid[i], -1), expected), (stage, i)
+            numbers = torch.cat([present[i] + 1, torch.zeros(1, dtype=torch.int64)])
+            actual = numbers[assigned[i]].masked_fill(~valid[i], -1)  # -1, none, is the last
+            assert torch.equal(actual, expected), (stage, i)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("run", ["even", "odd", "empty1", "empty2"])
-def test_losses_and_gradients(bbox_r50, run, variant):
-    model, cfg, names = bbox_r50
-    inputs, _, recorded = read_inputs("bbox_r50", run)
-    model.train()
-    model.zero_grad()
+@pytest.mark.parametrize("run", RUNS_WITH_EMPTY)
+def test_losses(case, run, variant):
+    skip_unrecorded(case, run)
+    inputs, _, recorded = case.read_inputs(run)
+    model = case.model.train()
     model.head.reference_offsets = VARIANTS[variant]
-    with EventStorage():
+    with EventStorage(), torch.no_grad():
         losses = model(inputs)
     for name, value in losses.items():
         expected = recorded[f"{variant}.{name}"].item()
         assert value.item() == pytest.approx(expected, rel=1e-4, abs=1e-7), name
-    total = sum(losses.values())
-    assert total.item() == pytest.approx(recorded[f"{variant}.loss_total"].item(), rel=1e-4)
-    if variant != "ref":
-        return
+    expected = recorded[f"{variant}.loss_total"].item()
+    assert sum(losses.values()).item() == pytest.approx(expected, rel=1e-4)
 
-    total.backward()
-    trainable = set(names["trainable"])
+
+# A sampling place on the border between two pixels may fall on either side by rounding, which moves
+# some norms by 1e-3. In double precision we always fall on the exact side. In one run the recording
+# does not (in single precision, that run agrees to 1e-3 too).
+GRADIENT_TOLERANCE = {("segm_r50", "even"): 1.5e-3}
+
+
+@pytest.mark.parametrize("run", RUNS_WITH_EMPTY)
+def test_gradients(case, run):
+    skip_unrecorded(case, run)
+    inputs, _, recorded = case.read_inputs(run)
+    model = case.model.train()
+    model.zero_grad()
+    model.head.reference_offsets = True
+    for x in inputs:
+        to_double(x["instances"])
+    try:
+        with EventStorage():
+            sum(model.double()(inputs).values()).backward()
+    finally:
+        model.float()
+
+    trainable = set(case.names["trainable"])
     ours = dict(model.named_parameters())
-    renamed = {rename_released_key(name): name for name in names["parameters"]}
-    expected_norms = dict(zip(names["parameters"], recorded["ref.grad_l2"].tolist(), strict=True))
-    largest = max(n for n in expected_norms.values() if n == n)
-    for our_name, name in renamed.items():
-        parameter = ours.pop(our_name)
+    norms = recorded["ref.grad_l2"].tolist()
+    tolerance = GRADIENT_TOLERANCE.get((case.name, run), 1e-3)
+    largest = max(norm for norm in norms if norm == norm)
+    for name, expected in zip(case.names["parameters"], norms, strict=True):
+        parameter = ours.pop(rename_released_key(name))
         assert parameter.requires_grad == (name in trainable), name
         norm = 0.0 if parameter.grad is None else parameter.grad.norm().item()
-        expected = expected_norms[name]
         expected = 0.0 if expected != expected else expected  # NaN: no gradient
-        assert norm == pytest.approx(expected, rel=1e-3, abs=1e-6 * largest), name
+        assert norm == pytest.approx(expected, rel=tolerance, abs=1e-6 * largest), name
     assert not ours
 
 
+def to_double(instances):
+    instances.gt_boxes.tensor = instances.gt_boxes.tensor.double()
+    if instances.has("gt_keypoints"):
+        instances.gt_keypoints.tensor = instances.gt_keypoints.tensor.double()
+    for field in ("gt_extreme_points", "gt_contours"):
+        if instances.has(field):
+            instances.set(field, instances.get(field).double())
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("run", ["even", "odd"])
-def test_detections(bbox_r50, run, variant):
-    model, _, _ = bbox_r50
-    inputs, recorded_images, recorded = read_inputs("bbox_r50", run)
+@pytest.mark.parametrize("run", RUNS)
+def test_detections(case, run, variant):
+    model = case.model
+    inputs, recorded_images, recorded = case.read_inputs(run)
     model.eval()
     with torch.no_grad():
         images, _, predictions, points = run_model(model, inputs, VARIANTS[variant])
         results = model.inference(points, predictions, images)
     for i, result in enumerate(results):
         expected = recorded.under(f"{variant}.det_{i}")
-        assert_detections(result, expected, expected["boxes"], expected["landmarks"])
+        field = model.branches[-1].pred_field
+        assert_detections(result, field, expected)
 
         # In original pixels: the released code divides by the scale factor and does not clip anew.
         width, height = (
             torch.tensor(result.image_size[::-1]) / recorded_images["scale_factor"][i, :2]
         ).tolist()
-        result.pred_boxes = Boxes(result.pred_boxes.tensor.clone())
-        rescaled = rescale_instances(result, height, width, model.branches)
         expected = recorded.under(f"{variant}.det_rescaled_{i}")
         proper = Boxes(expected["boxes"]).nonempty()
-        assert_detections(
-            rescaled,
-            {k: expected[k][proper] for k in ("scores", "labels")},
-            expected["boxes"][proper],
-            expected["landmarks"][proper],
-        )
+        rescaled = rescale_instances(result, height, width, model.branches)
+        keys = ("boxes", "scores", "labels", "landmarks")
+        assert_detections(rescaled, field, {k: expected[k][proper] for k in keys})
+        if "kept_area_gt_1024" in expected:
+            rescaled = rescale_instances(result, height, width, model.branches, min_box_area=1024)
+            kept = proper & expected["kept_area_gt_1024"]
+            assert_detections(rescaled, field, {k: expected[k][kept] for k in keys})
 
 
-def assert_detections(result, expected, boxes, landmarks):
+def assert_detections(result, field, expected):
     """Detections agree one to one, but for two at most that near-ties at the cut may exchange."""
-    assert len(result) == len(boxes)
-    ours = torch.cat([result.pred_boxes.tensor, result.pred_extreme_points.flatten(1)], dim=1)
-    theirs = torch.cat([boxes, landmarks], dim=1)
+    assert len(result) == len(expected["boxes"])
+    landmarks = result.get(field)[..., :2]
+    ours = torch.cat([result.pred_boxes.tensor, landmarks.flatten(1)], dim=1)
+    theirs = torch.cat([expected["boxes"], expected["landmarks"]], dim=1)
     equal = (ours[:, None] - theirs).abs().amax(dim=2) < 0.01  # pixels
     equal &= (result.scores[:, None] - expected["scores"]).abs() < 1e-4
     equal &= result.pred_classes[:, None] == expected["labels"]
-    assert len(result) > 20
+    assert len(result) > 5
     assert equal.any(dim=1).sum() >= len(result) - 2
     assert equal.any(dim=0).sum() >= len(result) - 2
