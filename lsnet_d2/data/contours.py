@@ -1,0 +1,310 @@
+"""Contours: an object's outline as a fixed number of points, as the contour branch learns it.
+
+Points run counter-clockwise as seen on the screen (top, left, bottom, right; y points down), and
+the first one is the outline's nearest to the middle of the bounding box's upper side. A network
+that regresses point i from the object's centre needs it in about the same place of similar objects.
+Coordinates are (x, y) in pixels of whichever image the polygons are in; nothing here depends on an
+image.
+"""
+
+import heapq
+from collections.abc import Sequence
+
+import numpy as np
+
+CONTOUR_METHODS = ("adaptive", "reference")
+MIN_POINTS, MAX_POINTS = 8, 128
+
+# The released code places this many points on an outline, and takes each tenth of them.
+_DENSE = 360
+# Parts below this share of the object's area are specks.
+_SPECK = 0.01
+# Outlines of more vertices than this, such as those of masks, are thinned many vertices at a time.
+_MANY_VERTICES = 256
+
+
+def resample_contour(
+    polygons: Sequence[np.ndarray],
+    num_points: int = 36,
+    *,
+    method: str = "adaptive",
+    box: Sequence[float] | None = None,
+) -> np.ndarray:
+    """The contour of an object.
+
+    "adaptive" joins the parts into one outline by bridges that have no width, each between the two
+    closest vertices; left out are only parts inside others, and specks that do not reach beyond the
+    bounding box of the parts joined before. Key vertices, those that change the outline's area
+    most, become points. The others are spread evenly between them, with as many in each gap as
+    keeps all points close to where even spacing puts them. So the points' bounding box is exactly
+    that of the object. Holes cannot be shown; they stay filled.
+
+    "reference" is the released LSNet code's sampling (``loading.py``, ``lsnet_head.py``): evenly
+    along the largest part, past most vertices. See :func:`reference_contours`.
+
+    Args:
+        polygons: parts of one object, each (n, 2), closed without repeating the first vertex, in
+            any direction. Two points or one will do, and enclose nothing.
+        num_points: P, 8 to 128.
+        method: one of ``CONTOUR_METHODS``.
+        box: XYXY that "reference" takes when no part is large enough; by default, that of the
+            polygons.
+
+    Returns:
+        (P, 2) float64. Where the outline encloses nothing, it has the direction of the input.
+
+    Raises:
+        ValueError: there are no points, some are not finite, or an option is out of range.
+    """
+    if method not in CONTOUR_METHODS:
+        raise ValueError(f"method must be one of {', '.join(CONTOUR_METHODS)}, not {method!r}")
+    if method == "reference":
+        contours = reference_contours(polygons, num_points, box=box)
+        return max(contours, key=lambda contour: abs(_signed_area(contour)))
+    parts = _checked(polygons, num_points)
+    outline = _start_at_top(_join(parts))
+    return _place(outline, _key_vertices(outline, num_points), num_points)
+
+
+def reference_contours(
+    polygons: Sequence[np.ndarray], num_points: int = 36, *, box: Sequence[float] | None = None
+) -> np.ndarray:
+    """The released code's contours of all parts of an object.
+
+    Parts with a side of their box below 1 pixel or an area of at most 5 are dropped; when none
+    is left, the box stands in. An outline gets 360 points, of which each tenth is taken; here
+    point i is number ``i * 360 // num_points``, which is the same for 36 points. The first is the
+    one nearest to the middle of the upper side.
+
+    Args:
+        polygons, num_points, box: see :func:`resample_contour`.
+
+    Returns:
+        (parts, P, 2) float64.
+
+    Raises:
+        ValueError: as in :func:`resample_contour`, or the box is not four finite numbers.
+    """
+    parts = _checked(polygons, num_points)
+    if box is None:
+        box = _bounds(np.concatenate(parts)).reshape(-1)
+    x0, y0, x1, y1 = np.asarray(box, dtype=np.float64).reshape(4).tolist()
+    if not np.isfinite([x0, y0, x1, y1]).all():
+        raise ValueError(f"the box of a contour is not finite: {box}")
+    parts = [p for p in parts if np.ptp(p, axis=0).min() >= 1 and abs(_signed_area(p)) > 5]
+    parts = parts or [np.array([[x0, y0], [x0, y1], [x1, y1], [x1, y0]])]
+
+    contours = np.empty((len(parts), num_points, 2))
+    for index, part in enumerate(parts):
+        contour = spread_over_edges(part, _DENSE)[np.arange(num_points) * _DENSE // num_points]
+        if _signed_area(contour) > 0:
+            contour = contour[::-1]
+        first = ((contour - _top_middle(contour)) ** 2).sum(axis=1).argmin()
+        contours[index] = np.roll(contour, -first, axis=0)
+    return contours
+
+
+def spread_over_edges(polygon: np.ndarray, count: int) -> np.ndarray:
+    """Points spread over an outline by the released code's rule.
+
+    Each edge has its rounded share of the points, at least its first vertex. What is then missing
+    goes to the longest edge, and what is too much is taken from the longest ones. Of more than
+    ``count`` vertices, those at which the longest edges begin remain.
+
+    Args:
+        polygon: (n, 2).
+
+    Returns:
+        (count, 2), from the polygon's first vertex on.
+    """
+    ends = np.roll(polygon, -1, axis=0)
+    lengths = np.sqrt(((ends - polygon) ** 2).sum(axis=1))
+    order = lengths.argsort(kind="stable")
+    if len(polygon) > count:
+        return polygon[np.sort(order[-count:])]
+    shares = lengths * count / max(lengths.sum(), np.finfo(float).tiny)
+    numbers = np.maximum(np.round(shares), 1).astype(int)
+    excess = numbers.sum() - count
+    if excess < 0:
+        numbers[order[-1]] -= excess
+    elif excess > 0:
+        longest = order[::-1]
+        spare = numbers[longest] - 1
+        numbers[longest] -= np.clip(excess - (spare.cumsum() - spare), 0, spare)
+    edge = np.repeat(np.arange(len(polygon)), numbers)
+    place = (np.arange(count) - (numbers.cumsum() - numbers)[edge]) / numbers[edge]
+    return polygon[edge] * (1 - place[:, None]) + ends[edge] * place[:, None]
+
+
+def _checked(polygons: Sequence[np.ndarray], num_points: int) -> list[np.ndarray]:
+    if not MIN_POINTS <= num_points <= MAX_POINTS:
+        raise ValueError(f"a contour has {MIN_POINTS} to {MAX_POINTS} points, not {num_points}")
+    parts = [np.asarray(part, dtype=np.float64).reshape(-1, 2) for part in polygons]
+    parts = [part for part in parts if len(part)]
+    if not parts:
+        raise ValueError("a contour of no points")
+    if not all(np.isfinite(part).all() for part in parts):
+        raise ValueError("a contour of coordinates that are not finite")
+    return parts
+
+
+def _bounds(points: np.ndarray) -> np.ndarray:
+    """(2, 2): least and greatest x, y."""
+    return np.stack([points.min(axis=0), points.max(axis=0)])
+
+
+def _top_middle(points: np.ndarray) -> np.ndarray:
+    low, high = _bounds(points)
+    return np.array([(low[0] + high[0]) / 2, low[1]])
+
+
+def _signed_area(outline: np.ndarray) -> float:
+    """Negative when the outline runs counter-clockwise on the screen."""
+    x, y = (outline - outline[0]).T
+    return float(x[:-1] @ y[1:] - x[1:] @ y[:-1]) / 2
+
+
+def _join(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """One outline of all parts, counter-clockwise; no vertex is equal to the one before."""
+    rings = []
+    for part in parts:
+        new = (part != np.roll(part, 1, axis=0)).any(axis=1)
+        ring = part[new] if new.any() else part[:1]
+        area = _signed_area(ring)
+        rings.append((abs(area), ring[::-1] if area > 0 else ring))
+    rings.sort(key=lambda ring: -ring[0])
+    total = sum(area for area, _ in rings)
+    joined = rings[0][1]
+    for area, ring in rings[1:]:
+        low, high = _bounds(joined)
+        within = (ring >= low).all() and (ring <= high).all()
+        if within and (area < _SPECK * total or _inside(ring, joined).mean() > 0.5):
+            continue
+        (x0, y0), (x1, y1) = joined.T[:, :, None], ring.T
+        here, there = divmod(int(((x0 - x1) ** 2 + (y0 - y1) ** 2).argmin()), len(ring))
+        round_trip = np.concatenate([ring[there:], ring[: there + 1]])
+        joined = np.concatenate([joined[: here + 1], round_trip, joined[here:]])
+    return joined
+
+
+def _inside(points: np.ndarray, outline: np.ndarray) -> np.ndarray:
+    """Which points (n, 2) an outline encloses: a ray to the right crosses it an odd number of
+    times."""
+    x, y = points[:, :1], points[:, 1:]
+    (x0, y0), (x1, y1) = outline.T, np.roll(outline, -1, axis=0).T
+    spans = (y0 > y) != (y1 > y)
+    crossing = x0 + (y - y0) * (x1 - x0) / np.where(y0 == y1, 1, y1 - y0)
+    return (spans & (x < crossing)).sum(axis=1) % 2 == 1
+
+
+def _start_at_top(outline: np.ndarray) -> np.ndarray:
+    """The outline from its point nearest to the middle of the upper side on, which becomes a
+    vertex where it is none."""
+    top = _top_middle(outline)
+    edges = np.roll(outline, -1, axis=0) - outline
+    squared = (edges**2).sum(axis=1)
+    away = outline - top
+    share = -(away * edges).sum(axis=1) / np.where(squared > 0, squared, 1)
+    share = share.clip(0, 1)
+    away += share[:, None] * edges
+    edge = (away**2).sum(axis=1).argmin()
+    if share[edge] == 0 or share[edge] == 1:
+        return np.roll(outline, -edge - int(share[edge]), axis=0)
+    return np.concatenate([[top + away[edge]], outline[edge + 1 :], outline[: edge + 1]])
+
+
+def _key_vertices(outline: np.ndarray, num_points: int) -> np.ndarray:
+    """Indices, in order, of the first vertex, of one at least on each side of the bounding box,
+    and of those that matter to the area.
+
+    Vertices are removed one after the other, each time that with the smallest triangle between its
+    neighbours (Visvalingam and Whyatt, 1993). It ends where no more than ``num_points`` are left
+    and the smallest triangle is larger, as a share of the outline's area, than those at the corners
+    of a regular polygon of half as many corners: a circle needs no key vertices to speak of.
+    """
+    corners = num_points / 2
+    share = 2 * (1 - np.cos(2 * np.pi / corners)) / corners
+    least = share * abs(_signed_area(outline))
+    sides = (outline[:, None] == _bounds(outline)).reshape(-1, 4)
+    kept = _thin(outline, sides.any(axis=1), least)
+    sides = sides[kept]
+    on_side = {i: np.flatnonzero(sides[i]).tolist() for i in np.flatnonzero(sides.any(axis=1))}
+    left = sides.sum(axis=0).tolist()
+
+    points = outline[kept]
+    x, y = points.T.tolist()
+    count = remaining = len(points)
+    before, after = [count - 1, *range(count - 1)], [*range(1, count), 0]
+    areas = _triangles(points).tolist()
+    heap = list(zip(areas[1:], range(1, count), strict=True))
+    heapq.heapify(heap)
+    removed = np.zeros(count, dtype=bool)
+    while heap:
+        area, index = heapq.heappop(heap)
+        if area != areas[index]:  # it changed in the meantime
+            continue
+        if area > least and remaining <= num_points:
+            break
+        if index in on_side:
+            if any(left[side] == 1 for side in on_side[index]):
+                continue
+            for side in on_side[index]:
+                left[side] -= 1
+        removed[index], areas[index] = True, None
+        remaining -= 1
+        a, b = before[index], after[index]
+        after[a], before[b] = b, a
+        for i in (a, b):
+            if i == 0:
+                continue
+            h, j = before[i], after[i]
+            new = abs((x[i] - x[h]) * (y[j] - y[h]) - (y[i] - y[h]) * (x[j] - x[h])) / 2
+            areas[i] = max(new, area)
+            heapq.heappush(heap, (areas[i], i))
+    return kept[~removed]
+
+
+def _thin(outline: np.ndarray, on_side: np.ndarray, least: float) -> np.ndarray:
+    """Indices of the vertices that remain when those with a triangle below ``least``, and smaller
+    than both neighbours', go all at once, again and again until the vertices are few."""
+    kept = np.arange(len(outline))
+    while len(kept) > _MANY_VERTICES:
+        # masks have runs of equal triangles: of these, each second one goes
+        areas = _triangles(outline[kept]) + least * 1e-9 * (np.arange(len(kept)) % 2)
+        goes = (areas < least) & (areas < np.roll(areas, 1)) & (areas < np.roll(areas, -1))
+        goes &= ~on_side[kept]
+        goes[0] = False
+        if not goes.any():
+            break
+        kept = kept[~goes]
+    return kept
+
+
+def _triangles(outline: np.ndarray) -> np.ndarray:
+    """Areas of the triangles of each vertex and its two neighbours."""
+    before = np.roll(outline, 1, axis=0)
+    u, v = outline - before, np.roll(outline, -1, axis=0) - before
+    return np.abs(u[:, 0] * v[:, 1] - u[:, 1] * v[:, 0]) / 2
+
+
+def _place(outline: np.ndarray, keys: np.ndarray, num_points: int) -> np.ndarray:
+    """The contour whose points are the key vertices and others spread between them.
+
+    Even spacing would give a key vertex the index ``ideal``, which is no integer. The indices
+    are integers that increase and have the least largest distance from it.
+    """
+    closed = np.concatenate([outline, outline[:1]])
+    steps = np.sqrt((np.diff(closed, axis=0) ** 2).sum(axis=1))
+    arc = np.concatenate([[0], steps.cumsum()])
+    keys = np.append(keys, len(outline))
+    order = np.arange(len(keys))
+    ideal = arc[keys] * (num_points / max(arc[-1], np.finfo(float).tiny))
+    # without the order they must not decrease: half-way between the bounds from either side
+    slack = ideal - order
+    slack = np.maximum.accumulate(slack) + np.minimum.accumulate(slack[::-1])[::-1]
+    index = order + np.rint((slack / 2).clip(0, num_points - order[-1])).astype(int)
+    index[-1] = num_points  # also when the outline is a point
+    along = np.interp(np.arange(num_points), index, arc[keys])
+    contour = np.stack([np.interp(along, arc, closed[:, axis]) for axis in (0, 1)], axis=1)
+    contour[index[:-1]] = outline[keys[:-1]]
+    return contour
