@@ -1,4 +1,4 @@
-"""Registers ``shapes_train``, ``shapes_val`` and the user's folders in Detectron2's catalogs.
+"""Registers the shapes, COCO with all in one file, and the user's folders in Detectron2's catalogs.
 
 Nothing is read or made at import: that happens when ``DatasetCatalog.get`` asks for a data set.
 """
@@ -28,8 +28,10 @@ def _data_folder(root: str | os.PathLike | None) -> str:
 def register_folders(root: str | os.PathLike | None = None) -> list[str]:
     """Register every data set that lies in COCO's layout below a folder.
 
-    ``{name}/annotations/instances_{split}.json`` with images in ``{name}/{split}/`` becomes
-    ``{name}_{split}``. Names that are registered stay as they are.
+    ``{name}/annotations/instances_{split}.json`` with images in ``{name}/{split}/``, or where
+    there is no such folder in ``{name}/images/``, becomes ``{name}_{split}``, and
+    ``person_keypoints_{split}.json`` becomes ``{name}_keypoints_{split}``. Names that are
+    registered stay as they are.
 
     Args:
         root: the folder; None: ``$DETECTRON2_DATASETS``, or "datasets".
@@ -38,13 +40,16 @@ def register_folders(root: str | os.PathLike | None = None) -> list[str]:
         The names that were new.
     """
     names = []
-    for json_file in sorted(Path(_data_folder(root)).glob("*/annotations/instances_*.json")):
-        split = json_file.stem.removeprefix("instances_")
-        images = json_file.parents[1] / split
-        name = f"{json_file.parents[1].name}_{split}"
-        if images.is_dir() and name not in DatasetCatalog.list():
-            register_lsnet_instances(name, json_file, images)
-            names.append(name)
+    for json_file in sorted(Path(_data_folder(root)).glob("*/annotations/*.json")):
+        for prefix, kind in (("instances_", "_"), ("person_keypoints_", "_keypoints_")):
+            if not json_file.stem.startswith(prefix):
+                continue
+            folder, split = json_file.parents[1], json_file.stem.removeprefix(prefix)
+            images = next((p for p in (folder / split, folder / "images") if p.is_dir()), None)
+            name = folder.name + kind + split
+            if images and name not in DatasetCatalog.list():
+                register_lsnet_instances(name, json_file, images)
+                names.append(name)
     return names
 
 
@@ -87,5 +92,17 @@ def register_shapes(
         )
 
 
+def register_joint_coco(root: str | os.PathLike | None = None) -> None:
+    """Register ``joint_coco_2017_{train,val}``: COCO's objects of all classes, people with
+    keypoints. ``tools/merge_coco_keypoints.py`` makes the files, ``joint_{split}2017.json``."""
+    folder = os.path.join(_data_folder(root), "coco")
+    for split in SPLITS:
+        name = f"joint_coco_2017_{split}"
+        if name not in DatasetCatalog.list():
+            json_file = os.path.join(folder, "annotations", f"joint_{split}2017.json")
+            register_lsnet_instances(name, json_file, os.path.join(folder, f"{split}2017"))
+
+
 register_shapes()
+register_joint_coco()
 register_folders()
