@@ -143,6 +143,7 @@ def check_config(cfg: CfgNode) -> None:
     for key, value, choices in (
         ("DATASETS.INVALID_ANNOTATIONS", cfg.DATASETS.INVALID_ANNOTATIONS, ("error", "drop")),
         ("INPUT.EXTREME_POINTS", cfg.INPUT.EXTREME_POINTS, ("segmentation", "annotation")),
+        ("INPUT.CONTOUR_SAMPLING", cfg.INPUT.CONTOUR_SAMPLING, ("adaptive", "reference")),
     ):
         if value not in choices:
             raise ConfigError(f"{key} is {value!r}; it must be one of {', '.join(choices)}")

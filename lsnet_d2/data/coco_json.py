@@ -15,6 +15,7 @@ from pycocotools import mask as mask_util
 
 from .annotation_checks import AnnotationError, raise_problems
 from .extreme_points import extreme_points, side_midpoints
+from .keypoints import skeleton_metadata
 from .polygons import decode_rle, segmentation_to_polygons
 
 logger = logging.getLogger(__name__)
@@ -90,7 +91,8 @@ def load_lsnet_json(
         json_file: with ``images``, ``annotations`` and ``categories``.
         image_root: the folder that ``file_name`` starts from.
         dataset_name: its metadata get ``thing_classes`` and
-            ``thing_dataset_id_to_contiguous_id``, by ascending category id.
+            ``thing_dataset_id_to_contiguous_id``, by ascending category id, and unless they have
+            one the skeleton of the categories (:func:`.keypoints.skeleton_metadata`).
 
     Returns:
         Dataset dicts by ascending image id. Boxes are XYWH_ABS; keypoints are 0.5 more than in the
@@ -199,6 +201,11 @@ def _set_metadata(name: str, categories: list[dict], json_file: str | os.PathLik
             f"which data set {name} is registered"
         )
     metadata.set(thing_classes=classes, thing_dataset_id_to_contiguous_id=contiguous)
+    if metadata.get("keypoint_names") is None:
+        try:
+            metadata.set(**skeleton_metadata(categories))
+        except ValueError as error:
+            raise AnnotationError(f"{json_file}: {error}") from error
     return contiguous
 
 

@@ -1,7 +1,6 @@
 """From a dataset dict to an augmented image with the ground truth of LSNet."""
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +13,12 @@ from detectron2.data import transforms as T
 from detectron2.structures import BitMasks, Boxes, BoxMode, Instances, Keypoints, PolygonMasks
 
 from ..errors import ConfigError
+from ..tasks import branch_weights
 from .annotation_checks import AnnotationError, name_annotation
+from .contours import CONTOUR_METHODS, resample_contour
 from .extreme_points import as_extreme_points, extreme_points, side_midpoints
 from .images import ImageError, read_image
+from .keypoints import keypoint_flip_indices
 from .polygons import bounding_box, decode_rle, segmentation_to_polygons
 from .viewport import Viewport
 
@@ -55,7 +57,10 @@ class LSNetDatasetMapper(DatasetMapper):
       object, the box around what is visible of its segmentation.
     - ``gt_classes``.
     - ``gt_extreme_points`` (N, 4, 2) float32, in the image: top, left, bottom, right.
-    - ``gt_masks`` and ``gt_keypoints`` with ``use_instance_mask`` and ``use_keypoint``.
+    - ``gt_contours`` (N, P, 2) float32, in the image, with ``use_contour``: see
+      :func:`lsnet_d2.data.contours.resample_contour`; NaN for an object without segmentation.
+    - ``gt_masks`` and ``gt_keypoints`` with ``use_instance_mask`` and ``use_keypoint``. Keypoints
+      are zero for an object without any, and those out of sight.
     - ``ignore_boxes`` (K, 4) float32, XYXY: crowds, and objects with the key "ignore". They are no
       instances.
 
@@ -67,32 +72,45 @@ class LSNetDatasetMapper(DatasetMapper):
 
     @configurable
     def __init__(
-        self, is_train: bool, *, extreme_points: str = "segmentation", **kwargs: Any
+        self,
+        is_train: bool,
+        *,
+        use_extreme_points: bool = True,
+        use_contour: bool = False,
+        extreme_points: str = "segmentation",
+        num_contour_points: int = 36,
+        contour_sampling: str = "adaptive",
+        **kwargs: Any,
     ) -> None:
         """
         Args:
             is_train: without it the output has the image only.
+            use_extreme_points, use_contour: whether these fields are made, like Detectron2's
+                ``use_instance_mask`` and ``use_keypoint``.
             extreme_points: "segmentation" derives them from the augmented segmentation.
                 "annotation" takes the annotation's ``extreme_points``, those of the original
                 image, wherever the augmentation neither cuts the object nor rotates the image.
                 An object without segmentation uses its ``extreme_points`` in both cases.
+            num_contour_points: P.
+            contour_sampling: "adaptive" or "reference".
             kwargs: of :class:`detectron2.data.DatasetMapper`.
 
         Raises:
-            ConfigError: ``extreme_points`` is neither.
+            ConfigError: an option has an unknown value; the message names the config's key.
         """
         super().__init__(is_train, **kwargs)
-        if extreme_points not in EXTREME_POINT_SOURCES:
-            raise ConfigError(
-                f"INPUT.EXTREME_POINTS is {extreme_points!r}; it must be one of "
-                f"{', '.join(EXTREME_POINT_SOURCES)}"
-            )
+        for key, value, known in (
+            ("EXTREME_POINTS", extreme_points, EXTREME_POINT_SOURCES),
+            ("CONTOUR_SAMPLING", contour_sampling, CONTOUR_METHODS),
+        ):
+            if value not in known:
+                raise ConfigError(f"INPUT.{key} is {value!r}; it must be one of {', '.join(known)}")
+        self.use_extreme_points = use_extreme_points
+        self.use_contour = use_contour
         self.extreme_points = extreme_points
+        self.num_contour_points = num_contour_points
+        self.contour_sampling = contour_sampling
         self._reported_box_only = False
-        # Fields of landmarks: what derives them from an object, and the shape of one object's.
-        self.landmarks: dict[
-            str, tuple[Callable[[VisibleObject, Viewport], np.ndarray], tuple[int, ...]]
-        ] = {"gt_extreme_points": (self._extreme_points, (4, 2))}
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
@@ -100,6 +118,16 @@ class LSNetDatasetMapper(DatasetMapper):
         # boxes of what is visible need no masks here
         arguments["recompute_boxes"] = False
         arguments["extreme_points"] = cfg.INPUT.EXTREME_POINTS
+        arguments["num_contour_points"] = cfg.MODEL.LSNET.NUM_CONTOUR_POINTS
+        arguments["contour_sampling"] = cfg.INPUT.CONTOUR_SAMPLING
+        branches = branch_weights(cfg)
+        arguments["use_extreme_points"] = "extreme" in branches
+        arguments["use_contour"] = "contour" in branches
+        if "keypoint" in branches and is_train:
+            arguments["use_keypoint"] = True
+            arguments["keypoint_hflip_indices"] = keypoint_flip_indices(
+                cfg.DATASETS.TRAIN, cfg.MODEL.LSNET.NUM_KEYPOINTS
+            )
         return arguments
 
     def __call__(self, dataset_dict: dict) -> dict:
@@ -178,15 +206,26 @@ class LSNetDatasetMapper(DatasetMapper):
         instances.gt_classes = torch.tensor(
             [int(o.annotation["category_id"]) for o in objects], dtype=torch.int64
         )
-        for field, (derive, shape) in self.landmarks.items():
-            instances.set(field, _to_tensor([derive(o, viewport) for o in objects], shape))
-        if self.use_instance_mask:
-            instances.gt_masks = self._masks(objects, viewport)
+        if self.use_extreme_points:
+            points = [self._extreme_points(o, viewport) for o in objects]
+            instances.gt_extreme_points = _to_tensor(points, (4, 2))
+        if self.use_contour:
+            contours = [self._contour(o) for o in objects]
+            instances.gt_contours = _to_tensor(contours, (self.num_contour_points, 2))
         if self.use_keypoint:
             keypoints = [self._keypoints(o, viewport) for o in objects]
             shape = (len(self.keypoint_hflip_indices), 3)
             instances.gt_keypoints = Keypoints(_to_tensor(keypoints, shape))
+        if self.use_instance_mask:
+            instances.gt_masks = self._masks(objects, viewport)
         return instances
+
+    def _contour(self, seen: VisibleObject) -> np.ndarray:
+        if not seen.polygons:
+            return np.full((self.num_contour_points, 2), np.nan)
+        return resample_contour(
+            seen.polygons, self.num_contour_points, method=self.contour_sampling
+        )
 
     def _extreme_points(self, seen: VisibleObject, viewport: Viewport) -> np.ndarray:
         height, width = viewport.image_size

@@ -409,3 +409,52 @@ def test_from_config_with_crop_and_keypoints(image):
     instances = LSNetDatasetMapper(cfg, True)(record(image, annotation()))["instances"]
     assert instances.gt_keypoints.tensor.shape[1:] == (3, 3)
     assert len(instances.gt_masks) == len(instances.gt_extreme_points) == len(instances)
+
+
+def pose_cfg(**lsnet):
+    cfg = get_cfg()
+    add_lsnet_config(cfg)
+    MetadataCatalog.get("mapper_joint").set(
+        keypoint_names=["nose", "left", "right"], keypoint_flip_map=[("left", "right")]
+    )
+    cfg.DATASETS.TRAIN = ("mapper_joint",)
+    cfg.INPUT.RANDOM_FLIP = "none"
+    cfg.MODEL.LSNET.NUM_KEYPOINTS = 3
+    for key, value in lsnet.items():
+        cfg.MODEL.LSNET[key] = value
+    return cfg
+
+
+@pytest.mark.parametrize(
+    ("task", "fields"),
+    [
+        ("bbox", {"gt_extreme_points"}),
+        ("segm", {"gt_contours"}),
+        ("pose_bbox", {"gt_extreme_points", "gt_keypoints"}),
+        ("pose_kbox", {"gt_keypoints"}),
+        ("joint", {"gt_extreme_points", "gt_contours", "gt_keypoints"}),
+    ],
+)
+def test_a_task_gets_the_fields_of_its_branches(image, task, fields):
+    cfg = pose_cfg(TASK=task, BRANCHES=["extreme", "contour", "keypoint"], NUM_CONTOUR_POINTS=16)
+    instances = LSNetDatasetMapper(cfg, True)(record(image, annotation()))["instances"]
+    assert set(instances.get_fields()) == {"gt_boxes", "gt_classes", *fields}
+
+
+def test_contours_follow_the_augmentation_and_are_nan_without_a_mask(image):
+    make = mapper(T.HFlipTransform(WIDTH), use_contour=True, num_contour_points=8)
+    objects = make(record(image, annotation(), annotation(segmentation=None)))["instances"]
+    contour = objects.gt_contours[0]
+    assert objects.gt_contours.shape == (2, 8, 2)
+    assert objects.gt_contours[1].isnan().all()
+    # from the point nearest to the middle of the box's upper side on to the left, as without a flip
+    middle = torch.tensor([WIDTH - 40.0, 10.0])
+    assert (contour - middle).norm(dim=1).argmin() == 0
+    low, high = contour.amin(dim=0).tolist(), contour.amax(dim=0).tolist()
+    assert low == [WIDTH - 60, 10] and high == [WIDTH - 20, 50]
+    assert contour[1, 0] < contour[0, 0] < contour[-1, 0]
+
+
+def test_unknown_contour_sampling_names_the_key(image):
+    with pytest.raises(ConfigError, match=r"INPUT\.CONTOUR_SAMPLING is 'even'"):
+        mapper(contour_sampling="even")

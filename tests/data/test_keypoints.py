@@ -1,0 +1,78 @@
+import pytest
+from detectron2.data import MetadataCatalog
+
+from lsnet_d2.data.keypoints import keypoint_flip_indices, skeleton_metadata
+from lsnet_d2.errors import ConfigError
+
+HAND = {
+    "name": "hand",
+    "keypoints": ["wrist", "left_tip", "right_tip"],
+    "skeleton": [[1, 2], [1, 3]],
+}
+
+
+@pytest.fixture
+def register():
+    names = []
+
+    def make(name, **metadata):
+        names.append(name)
+        MetadataCatalog.get(name).set(**metadata)
+        return name
+
+    yield make
+    for name in names:
+        MetadataCatalog.remove(name)
+
+
+def test_skeleton_of_a_category():
+    metadata = skeleton_metadata([{"name": "cup"}, HAND])
+    assert metadata["keypoint_names"] == HAND["keypoints"]
+    assert metadata["keypoint_flip_map"] == [("left_tip", "right_tip")]
+    bones = [rule[:2] for rule in metadata["keypoint_connection_rules"]]
+    assert bones == [("wrist", "left_tip"), ("wrist", "right_tip")]
+
+
+def test_no_skeleton():
+    assert skeleton_metadata([{"name": "cup", "keypoints": []}]) == {}
+
+
+def test_coco_people_have_detectron2s_skeleton():
+    names = MetadataCatalog.get("keypoints_coco_2017_val").keypoint_names
+    metadata = skeleton_metadata([{"name": "person", "keypoints": list(names), "skeleton": []}])
+    assert metadata["keypoint_flip_map"] == list(
+        MetadataCatalog.get("keypoints_coco_2017_val").keypoint_flip_map
+    )
+    assert len(metadata["keypoint_connection_rules"]) > 10
+
+
+@pytest.mark.parametrize(
+    ("categories", "message"),
+    [
+        ([HAND, {"name": "foot", "keypoints": ["heel"]}], "'foot' has other keypoints than 'hand'"),
+        ([{"name": "a", "keypoints": ["x", "x"]}], "'a' has two keypoints of the same name"),
+        ([{**HAND, "skeleton": [[0, 1]]}], "'hand' has a bone to a keypoint"),
+    ],
+)
+def test_bad_skeletons_name_the_category(categories, message):
+    with pytest.raises(ValueError, match=message):
+        skeleton_metadata(categories)
+
+
+def test_flip_indices(register):
+    one = register("hands_one", **skeleton_metadata([HAND]))
+    two = register("hands_two", **skeleton_metadata([HAND]))
+    without = register("cups_only")
+    assert keypoint_flip_indices([one, without, two], 3) == [0, 2, 1]
+
+
+def test_flip_indices_need_one_skeleton_of_the_right_size(register):
+    hands = register("hands", **skeleton_metadata([HAND]))
+    feet = register("feet", **skeleton_metadata([{"name": "foot", "keypoints": ["heel"]}]))
+    none = register("cups")
+    with pytest.raises(ConfigError, match="hands and feet have different keypoints"):
+        keypoint_flip_indices([hands, feet], 3)
+    with pytest.raises(ConfigError, match="hands has 3 keypoints: set MODEL.LSNET.NUM_KEYPOINTS 3"):
+        keypoint_flip_indices([hands], 17)
+    with pytest.raises(ConfigError, match="cups have no keypoint_names"):
+        keypoint_flip_indices([none], 17)
