@@ -4,7 +4,7 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_model
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, Instances, Keypoints
 from torch import nn
 
 from lsnet_d2 import add_lsnet_config
@@ -40,6 +40,7 @@ def tiny_cfg(**lsnet):
     cfg.MODEL.META_ARCHITECTURE = "LSNet"
     cfg.MODEL.BACKBONE.NAME = "TinyPyramid"
     cfg.MODEL.LSNET.NUM_CLASSES = 3
+    cfg.MODEL.LSNET.NUM_KEYPOINTS = NUM_KEYPOINTS
     for key, value in lsnet.items():
         cfg.MODEL.LSNET[key] = value
     return cfg
@@ -50,8 +51,15 @@ def tiny_model(seed=0, **lsnet):
     return build_model(tiny_cfg(**lsnet))
 
 
+NUM_KEYPOINTS = 5
+
+
 def make_input(boxes, classes, size=(96, 128), seed=0):
-    """A random image with objects whose extreme points are the middles of their boxes' sides."""
+    """A random image with objects that have the landmarks of all branches.
+
+    Extreme points are the middles of the boxes' sides, contours have 36 points on an ellipse in the
+    box, and the five keypoints are the middles of the sides and the box's centre.
+    """
     generator = torch.Generator().manual_seed(seed)
     boxes = torch.tensor(boxes, dtype=torch.float32).view(-1, 4)
     x1, y1, x2, y2 = boxes.unbind(1)
@@ -59,6 +67,14 @@ def make_input(boxes, classes, size=(96, 128), seed=0):
     instances = Instances(size)
     instances.gt_boxes = Boxes(boxes)
     instances.gt_classes = torch.tensor(classes, dtype=torch.int64)
-    instances.gt_extreme_points = torch.stack([x, y1, x1, y, x, y2, x2, y], dim=1).view(-1, 4, 2)
+    sides = torch.stack([x, y1, x1, y, x, y2, x2, y], dim=1).view(-1, 4, 2)
+    instances.gt_extreme_points = sides
+    angles = torch.arange(36) / 36 * 2 * torch.pi
+    circle = torch.stack([-angles.sin(), -angles.cos()], dim=1)
+    centers, radii = torch.stack([x, y], dim=1), torch.stack([x2 - x, y2 - y], dim=1)
+    instances.gt_contours = centers[:, None] + radii[:, None] * circle
+    points = torch.cat([sides, centers[:, None]], dim=1)
+    visibility = torch.full((len(boxes), NUM_KEYPOINTS, 1), 2.0)
+    instances.gt_keypoints = Keypoints(torch.cat([points, visibility], dim=2))
     image = torch.randint(256, (3, *size), generator=generator, dtype=torch.uint8)
     return {"image": image, "instances": instances, "height": size[0], "width": size[1]}

@@ -8,6 +8,8 @@ from tiny_model import make_input, tiny_model
 from lsnet_d2.modeling.points import make_anchor_points
 
 BOXES = [[10, 12, 60, 70], [70, 20, 120, 90], [30, 40, 44, 60]]
+# Vectors to top, left, bottom, right and centre that span a box.
+OUTWARDS = torch.tensor([[2.0, 0, 0, 0], [0, 0, 2, 0], [0, 2, 0, 0], [0, 0, 0, 2], [0, 0, 0, 0]])
 LOSSES = {"loss_cls", "loss_bbox_init", "loss_bbox_refine"}
 
 
@@ -94,12 +96,127 @@ def test_points_on_batch_padding_do_not_count():
     assert valid[-12:].view(3, 4).sum() == 2 * 3
 
 
+JOINT = {"TASK": "joint", "BRANCHES": ["extreme", "contour", "keypoint"]}
+TASKS = {
+    "segm": {"TASK": "segm"},
+    "pose_bbox": {"TASK": "pose_bbox"},
+    "pose_kbox": {"TASK": "pose_kbox"},
+    "joint": JOINT,
+}
+
+
+@pytest.mark.parametrize("lsnet", TASKS.values(), ids=TASKS)
+@pytest.mark.parametrize("empty", [False, True])
+def test_losses_of_every_task_are_finite_and_reach_all_parameters(lsnet, empty):
+    model = tiny_model(**lsnet)
+    inputs = make_input([], []) if empty else make_input(BOXES, [0, 1, 2])
+    losses, _ = losses_of(model, [inputs])
+    names = [branch.name for branch in model.branches]
+    stages = {f"loss_{name}_{stage}" for name in names for stage in ("init", "refine")}
+    assert set(losses) == {"loss_cls", *stages}
+    assert all(loss.isfinite() for loss in losses.values())
+    assert all((losses[name] > 0) != empty for name in stages)
+    sum(losses.values()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def without_landmarks(inputs, objects):
+    """A copy in which these objects have neither mask nor labelled keypoints."""
+    inputs = copy.deepcopy(inputs)
+    inputs["instances"].gt_contours[objects] = torch.nan
+    inputs["instances"].gt_keypoints.tensor[objects] = 0
+    return inputs
+
+
+def test_objects_train_the_branches_that_they_have_landmarks_for():
+    model = tiny_model(**JOINT)
+    inputs = make_input(BOXES, [0, 1, 2])
+    whole, _ = losses_of(model, [inputs])
+    partly, _ = losses_of(model, [without_landmarks(inputs, [1, 2])])
+    none, _ = losses_of(model, [without_landmarks(inputs, [0, 1, 2])])
+    for name in ("loss_cls", "loss_bbox_init", "loss_bbox_refine"):
+        assert whole[name] == partly[name] == none[name]
+    for name in ("loss_segm_init", "loss_segm_refine", "loss_pose_init", "loss_pose_refine"):
+        assert none[name] == 0
+        # normalised by the objects that there are: of the size of the whole, not of a third
+        assert partly[name].item() == pytest.approx(whole[name].item(), rel=0.5)
+        assert partly[name] != whole[name]
+    sum(none.values()).backward()
+    for name in ("segm", "pose"):
+        gradients = [p.grad for p in model.head.branches[name].refine.out.parameters()]
+        assert all(g is not None and (g == 0).all() for g in gradients)
+
+
+def test_an_image_of_other_objects_does_not_dilute_a_branch():
+    """A batch half of which has no masks trains contours as the other half alone would."""
+    model = tiny_model(**JOINT)
+    inputs = make_input(BOXES, [0, 1, 2])
+    alone, _ = losses_of(model, [inputs])
+    beside, _ = losses_of(model, [inputs, without_landmarks(inputs, [0, 1, 2])])
+    for name in ("loss_segm_init", "loss_pose_refine"):
+        assert beside[name].item() == pytest.approx(alone[name].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("task", ["segm", "pose_kbox"])
+def test_objects_without_a_box_of_the_first_branch_are_no_background(task):
+    model = tiny_model(TASK=task)
+    inputs = make_input(BOXES[:1], [0])
+    unboxed = without_landmarks(inputs, [0])
+    empty = make_input([], [])
+    regions = {**empty, "ignore_boxes": torch.tensor(BOXES[:1], dtype=torch.float32)}
+    ignored = losses_of(model, [unboxed])[0]
+    assert ignored == losses_of(model, [regions])[0]
+    assert ignored["loss_cls"] < losses_of(model, [empty])[0]["loss_cls"]
+    released = tiny_model(TASK=task, IGNORE_CROWD=False)
+    assert losses_of(released, [unboxed])[0] == losses_of(released, [empty])[0]
+
+
+def test_unlabelled_poses_teach_their_centre_if_wanted():
+    inputs = without_landmarks(make_input(BOXES, [0, 1, 2]), [0])
+    default, _ = losses_of(tiny_model(TASK="pose_bbox"), [inputs])
+    released, _ = losses_of(tiny_model(TASK="pose_bbox", TRAIN_UNLABELLED_POSES=True), [inputs])
+    assert released["loss_bbox_init"] == default["loss_bbox_init"]
+    # five of its six vectors count as entirely wrong
+    third = (released["loss_pose_init"] * 3 - default["loss_pose_init"] * 2).item()
+    assert 5 / 6 < third < 1
+
+
+def test_joint_inference_has_the_fields_of_all_branches():
+    model = tiny_model(SCORE_THRESH_TEST=0.0, TOPK_CANDIDATES_TEST=50, **JOINT).eval()
+    model.head.branches["bbox"].refine.out.bias.data = OUTWARDS.flatten()
+    inputs = {**make_input([], []), "height": 192, "width": 256}
+    with torch.no_grad():
+        instances = model([inputs])[0]["instances"]
+    count = len(instances)
+    assert count > 0
+    assert instances.pred_contours.shape == (count, 36, 2)
+    assert instances.pred_keypoints.shape == (count, 5, 3)
+    assert instances.pred_masks.tensor.shape == (count, 192, 256)
+    for points in (instances.pred_contours, instances.pred_keypoints[..., :2]):
+        assert points.amin() >= 0 and points[..., 0].max() <= 256 and points[..., 1].max() <= 192
+    assert torch.equal(instances.pred_keypoints[:, 0, 2], instances.scores)
+
+
+def test_small_detections_can_be_dropped():
+    options = {"TASK": "pose_kbox", "SCORE_THRESH_TEST": 0.0, "TOPK_CANDIDATES_TEST": 50}
+    plain, strict = tiny_model(**options).eval(), tiny_model(**options, MIN_BOX_AREA_TEST=64.0)
+    strict.eval().load_state_dict(plain.state_dict())
+    for model in (plain, strict):
+        torch.manual_seed(0)
+        torch.nn.init.normal_(model.head.branches["pose"].refine.out.bias)
+    with torch.no_grad():
+        inputs = [make_input([], [])]
+        areas = plain(inputs)[0]["instances"].pred_boxes.area()
+        kept = strict(inputs)[0]["instances"].pred_boxes.area()
+    assert 0 < len(kept) < len(areas)
+    assert torch.equal(kept, areas[areas > 64])
+
+
 def test_inference_returns_what_detectron2_expects():
     model = tiny_model(SCORE_THRESH_TEST=0.0, TOPK_CANDIDATES_TEST=50).eval()
     inputs = make_input(BOXES, [0, 1, 2])
     inputs.update(height=192, width=256)
-    outwards = torch.tensor([[2, 0, 0, 0], [0, 0, 2, 0], [0, 2, 0, 0], [0, 0, 0, 2], [0, 0, 0, 0]])
-    model.head.branches["bbox"].refine.out.bias.data = outwards.float().flatten()
+    model.head.branches["bbox"].refine.out.bias.data = OUTWARDS.flatten()
     with torch.no_grad():
         (output,) = model([inputs])
     instances = output["instances"]

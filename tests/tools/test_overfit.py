@@ -1,0 +1,64 @@
+import importlib.util
+import json
+
+import pytest
+import tiny_coco
+from tiny_coco import ROOT, run_tool
+
+
+@pytest.fixture
+def data(tmp_path):
+    return tiny_coco.write_coco(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("overfit", ROOT / "tools" / "overfit.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_takes_the_first_images_with_objects(tool):
+    def annotation(image, **more):
+        return {"image_id": image, **more}
+
+    data = {
+        "images": [{"id": number} for number in (1, 2, 3, 4)],
+        "annotations": [
+            annotation(2, iscrowd=1),
+            annotation(3, keypoints=[1, 1, 0]),
+            annotation(3, iscrowd=1),
+            annotation(4, keypoints=[1, 1, 2]),
+        ],
+        "categories": [{"id": 1}],
+    }
+    taken = tool.first_images(data, 5)
+    assert [image["id"] for image in taken["images"]] == [3, 4]
+    assert len(taken["annotations"]) == 3
+    assert [i["id"] for i in tool.first_images(data, 1)["images"]] == [3]
+    assert [i["id"] for i in tool.first_images(data, 5, keypoints=True)["images"]] == [4]
+
+
+def test_trains_and_evaluates_on_the_same_images(data):
+    output = data / "output"
+    result = run_tool(
+        "overfit.py",
+        tiny_coco.json_file(data, "train"),
+        data / "coco" / "train2017",
+        *("--config-file", tiny_coco.write_config(data), "--num-images", 2, "--output", output),
+        *("--opts", "SOLVER.MAX_ITER", 1),
+    )
+    assert result.returncode == 0, result.stderr
+    assert "AP,AP50,AP75" in result.stdout
+    subset = json.loads((output / "annotations.json").read_text())
+    assert [image["id"] for image in subset["images"]] == [1, 2]
+    assert (output / "model_final.pth").exists()
+
+
+def test_nothing_to_learn_is_said(data):
+    empty = data / "empty.json"
+    empty.write_text(json.dumps({"images": [], "annotations": [], "categories": []}))
+    result = run_tool("overfit.py", empty, data, "--config-file", tiny_coco.write_config(data))
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert f"{empty}: no image with objects" in result.stderr

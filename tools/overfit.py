@@ -1,0 +1,81 @@
+#!/usr/bin/env python
+"""Train on a few images of a COCO file and evaluate on the same: can these annotations be learned?
+
+A model that cannot learn eight images by heart has a mistake in its data or its config. The images
+taken are the first ones with objects (with --keypoints: with labelled keypoints). The number of
+classes is the file's.
+"""
+
+import argparse
+import json
+import os
+
+from detectron2.engine import default_setup
+
+from lsnet_d2.config_file import classes_key, load_config
+from lsnet_d2.data.coco_json import read_coco_json, register_lsnet_instances
+from lsnet_d2.engine import LSNetTrainer
+from lsnet_d2.errors import UserError, exit_on_user_error
+from lsnet_d2.files import atomic_write
+
+DATASET = "overfit"
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("annotations", metavar="DATA.json", help="a file in COCO's format")
+    parser.add_argument("images", metavar="IMAGES/", help="the folder of its images")
+    parser.add_argument("--config-file", required=True)
+    parser.add_argument("--num-images", type=int, default=8)
+    parser.add_argument("--keypoints", action="store_true", help="images with labelled keypoints")
+    parser.add_argument("--output", default="output/overfit", help="folder for all results")
+    parser.add_argument(
+        "--opts", nargs=argparse.REMAINDER, default=[], help="last: KEY VALUE pairs of the config"
+    )
+    return parser
+
+
+def first_images(data: dict, count: int, keypoints: bool = False) -> dict:
+    """The part of a COCO file that has its first ``count`` images with objects.
+
+    Args:
+        keypoints: an object counts if one of its keypoints is labelled.
+    """
+    wanted = {
+        annotation["image_id"]
+        for annotation in data["annotations"]
+        if not annotation.get("iscrowd")
+        and (not keypoints or any(v > 0 for v in annotation.get("keypoints", ())[2::3]))
+    }
+    images = [image for image in data["images"] if image["id"] in wanted][:count]
+    ids = {image["id"] for image in images}
+    annotations = [a for a in data["annotations"] if a["image_id"] in ids]
+    return {**data, "images": images, "annotations": annotations}
+
+
+@exit_on_user_error()
+def main() -> None:
+    args = get_parser().parse_args()
+    data = first_images(read_coco_json(args.annotations), args.num_images, args.keypoints)
+    if not data["images"]:
+        raise UserError(f"{args.annotations}: no image with objects to learn")
+    os.makedirs(args.output, exist_ok=True)
+    subset = os.path.join(args.output, "annotations.json")
+    with atomic_write(subset, "w") as file:
+        json.dump(data, file)
+    register_lsnet_instances(DATASET, subset, args.images)
+
+    opts = ["DATASETS.TRAIN", f"('{DATASET}',)", "DATASETS.TEST", f"('{DATASET}',)"]
+    opts += ["INPUT.RANDOM_FLIP", "none", "OUTPUT_DIR", args.output]
+    cfg = load_config(args.config_file, opts + args.opts)
+    classes = str(len(data["categories"]))
+    cfg = load_config(args.config_file, [*opts, classes_key(cfg), classes, *args.opts])
+    cfg.freeze()
+    default_setup(cfg, argparse.Namespace(config_file=args.config_file))
+    trainer = LSNetTrainer(cfg)
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+
+
+if __name__ == "__main__":
+    main()
