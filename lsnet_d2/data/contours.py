@@ -199,7 +199,11 @@ def _inside(points: np.ndarray, outline: np.ndarray) -> np.ndarray:
 
 def _start_at_top(outline: np.ndarray) -> np.ndarray:
     """The outline from its point nearest to the middle of the upper side on, which becomes a
-    vertex where it is none."""
+    vertex where it is none.
+
+    Of points equally near, it takes that where the outline runs to the left. So a bridge, which it
+    passes both ways, leads to what is on the left first.
+    """
     top = _top_middle(outline)
     edges = np.roll(outline, -1, axis=0) - outline
     squared = (edges**2).sum(axis=1)
@@ -207,7 +211,9 @@ def _start_at_top(outline: np.ndarray) -> np.ndarray:
     share = -(away * edges).sum(axis=1) / np.where(squared > 0, squared, 1)
     share = share.clip(0, 1)
     away += share[:, None] * edges
-    edge = (away**2).sum(axis=1).argmin()
+    distance = (away**2).sum(axis=1)
+    nearest = np.flatnonzero(distance <= distance.min() * (1 + 1e-9) + squared.max() * 1e-18)
+    edge = nearest[edges[nearest, 0].argmin()]
     if share[edge] == 0 or share[edge] == 1:
         return np.roll(outline, -edge - int(share[edge]), axis=0)
     return np.concatenate([[top + away[edge]], outline[edge + 1 :], outline[: edge + 1]])
@@ -258,8 +264,7 @@ def _key_vertices(outline: np.ndarray, num_points: int) -> np.ndarray:
             if i == 0:
                 continue
             h, j = before[i], after[i]
-            new = abs((x[i] - x[h]) * (y[j] - y[h]) - (y[i] - y[h]) * (x[j] - x[h])) / 2
-            areas[i] = max(new, area)
+            areas[i] = abs((x[i] - x[h]) * (y[j] - y[h]) - (y[i] - y[h]) * (x[j] - x[h])) / 2
             heapq.heappush(heap, (areas[i], i))
     return kept[~removed]
 
@@ -296,14 +301,15 @@ def _place(outline: np.ndarray, keys: np.ndarray, num_points: int) -> np.ndarray
     closed = np.concatenate([outline, outline[:1]])
     steps = np.sqrt((np.diff(closed, axis=0) ** 2).sum(axis=1))
     arc = np.concatenate([[0], steps.cumsum()])
+    if arc[-1] == 0:
+        return np.repeat(outline[:1], num_points, axis=0)
     keys = np.append(keys, len(outline))
     order = np.arange(len(keys))
-    ideal = arc[keys] * (num_points / max(arc[-1], np.finfo(float).tiny))
+    ideal = arc[keys] * (num_points / arc[-1])
     # without the order they must not decrease: half-way between the bounds from either side
     slack = ideal - order
     slack = np.maximum.accumulate(slack) + np.minimum.accumulate(slack[::-1])[::-1]
     index = order + np.rint((slack / 2).clip(0, num_points - order[-1])).astype(int)
-    index[-1] = num_points  # also when the outline is a point
     along = np.interp(np.arange(num_points), index, arc[keys])
     contour = np.stack([np.interp(along, arc, closed[:, axis]) for axis in (0, 1)], axis=1)
     contour[index[:-1]] = outline[keys[:-1]]
