@@ -3,7 +3,8 @@
 #   make setup                                the environment, in .venv
 #   make setup DETECTRON2=<path|URL|requirement>   with another Detectron2; DETECTRON2=default goes back
 #   make setup BASE_PYTHON=python3.12         on a Python of your choice
-#   make demo TASK=bbox                       train, evaluate and draw on the generated shapes
+#   make demo TASK=bbox                       train, evaluate and draw on the generated shapes;
+#                                             TASK: bbox, segm, pose_bbox, pose_kbox or joint
 #   make test ARGS="tests/layers -x"          pytest with further arguments
 #   make test PYTHON=python                   in an environment of your own instead of .venv
 
@@ -15,6 +16,7 @@ ARGS ?=
 
 SETUP := python3 tools/setup_env.py $(if $(BASE_PYTHON),--python "$(BASE_PYTHON)")
 DEMO_CONFIG := configs/quick/shapes_$(TASK).yaml
+DEMO_OUTPUT := output/demo$(if $(filter-out bbox,$(TASK)),_$(TASK))
 
 # Only our own environment is made or brought up to date.
 ENV := $(if $(filter $(VENV_PYTHON),$(PYTHON)),environment)
@@ -23,7 +25,7 @@ ENV := $(if $(filter $(VENV_PYTHON),$(PYTHON)),environment)
 .PHONY: help setup environment demo test lint format clean
 
 help:
-	@sed -n 's/^#  *//p' Makefile | sed -n '2,6p'
+	@sed -n 's/^#  *//p' Makefile | sed -n '2,7p'
 
 setup:
 	@$(SETUP) $(ARGS)
@@ -32,10 +34,10 @@ environment:
 	@$(SETUP) --quiet
 
 demo: $(ENV)
-	$(PYTHON) tools/train_net.py --config-file $(DEMO_CONFIG) $(ARGS)
+	$(PYTHON) tools/train_net.py --config-file $(DEMO_CONFIG) OUTPUT_DIR $(DEMO_OUTPUT) $(ARGS)
 	$(PYTHON) tools/visualize_data.py --config-file $(DEMO_CONFIG) --num 24 \
-	    --predictions output/demo/inference/coco_instances_results.json \
-	    --output-dir output/demo/pictures
+	    --predictions $(DEMO_OUTPUT)/inference/coco_instances_results.json \
+	    --output-dir $(DEMO_OUTPUT)/pictures
 
 test: $(ENV)
 	$(PYTHON) -m pytest -q $(ARGS)

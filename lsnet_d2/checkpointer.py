@@ -97,7 +97,9 @@ class LSNetCheckpointer(DetectionCheckpointer):
         """Go on from the last checkpoint in ``save_dir``; without one, load weights from ``path``.
 
         A checkpoint that is missing or damaged is passed over for the newest whole one, with a
-        warning. In a distributed run the main process decides.
+        warning. Without ``resume``, checkpoints that are there already are of an earlier training:
+        they are moved to a folder ``earlier_1`` or so, where no later ``resume`` finds them. In a
+        distributed run the main process decides.
 
         Raises:
             CheckpointError: there are checkpoints, but none is whole; see also :meth:`load`.
@@ -109,10 +111,43 @@ class LSNetCheckpointer(DetectionCheckpointer):
             if self.resumed_from:
                 return self._resume(self.resumed_from)
             logger.info("No checkpoint in %s: starting from MODEL.WEIGHTS", self.save_dir)
-        return self.load(path, checkpointables=[])
+            return self.load(path, checkpointables=[])
+        rest = self.load(path, checkpointables=[])  # perhaps from one of these files
+        comm.synchronize()
+        if comm.is_main_process():
+            self._set_aside()
+        return rest
+
+    def _set_aside(self) -> None:
+        files = self._files()
+        if not files:
+            return
+        number = 1
+        while os.path.exists(folder := os.path.join(self.save_dir, f"earlier_{number}")):
+            number += 1
+        os.makedirs(folder)
+        # first the one that says which is the last
+        for file in sorted(files, key=lambda f: f.endswith(".pth")):
+            os.replace(file, os.path.join(folder, os.path.basename(file)))
+        logger.warning(
+            "%s has checkpoints of an earlier training; they are in %s now", self.save_dir, folder
+        )
+
+    def _files(self) -> list[str]:
+        """The checkpoints in ``save_dir``, and the file that names the last of them."""
+        folder = glob.escape(self.save_dir)
+        names = ("model_*.pth", "last_checkpoint")
+        return [file for name in names for file in glob.glob(os.path.join(folder, name))]
 
     def _resume(self, path: str) -> dict[str, Any]:
-        rest = self.load(path, strict=True)
+        try:
+            rest = self.load(path, strict=True)
+        except ValueError as error:  # of the optimizer
+            raise CheckpointError(
+                f"{path} does not fit the training of this config: {error}. SOLVER and "
+                "MODEL.BACKBONE.FREEZE_AT must be as they were, or give the file as MODEL.WEIGHTS "
+                "without --resume"
+            ) from error
         if "iteration" not in rest:
             raise CheckpointError(
                 f"{path} holds weights only, and no training to go on with; "
@@ -124,7 +159,7 @@ class LSNetCheckpointer(DetectionCheckpointer):
         """The file to go on from, or None where nothing was saved. Removes partial files."""
         for name in remove_partial_files(self.save_dir):
             logger.warning("Removed %s, a checkpoint cut short in %s", name, self.save_dir)
-        files = glob.glob(os.path.join(glob.escape(self.save_dir), "model_*.pth"))
+        files = [file for file in self._files() if file.endswith(".pth")]
         files.sort(key=os.path.getmtime, reverse=True)
         if self.has_checkpoint():
             last = self.get_checkpoint_file()
@@ -154,14 +189,19 @@ class LSNetCheckpointer(DetectionCheckpointer):
                 loaded = _from_model_zoo(_load_numpy_pickle(filename))
             else:
                 loaded = super()._load_file(filename)
-        except (pickle.UnpicklingError, EOFError, RuntimeError, OSError, TypeError) as error:
+        except CheckpointError:
+            raise
+        except Exception as error:  # a damaged file may fail in any way
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise CheckpointError(
                 f"cannot read the weights {filename} (damaged, or more than plain data): "
                 f"{reason[0]}"
             ) from error
         weights = loaded["model"]
-        weights = weights.get("state_dict", weights)  # as mmdetection saves them
+        if isinstance(weights, Mapping):
+            weights = weights.get("state_dict", weights)  # as mmdetection saves them
+        if not isinstance(weights, Mapping) or not all(isinstance(key, str) for key in weights):
+            raise CheckpointError(f"{filename} does not hold weights by their names")
         if self.cfg is not None and is_released_checkpoint(weights):
             try:
                 weights = convert_lsnet_checkpoint(weights, self.cfg)
@@ -226,12 +266,16 @@ def _some(names: list[str], limit: int = 3) -> str:
 
 
 def _is_whole(path: str) -> bool:
-    """Whether a file of torch.save is complete and its checksums hold."""
+    """Whether a file of torch.save is complete, its checksums hold, and torch can read it."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except (OSError, zipfile.BadZipFile):
+            if archive.testzip() is not None:
+                return False
+        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # a damaged file may fail in any way
+        logger.debug("Reading %s failed", path, exc_info=True)
         return False
+    return True
 
 
 class _NumpyUnpickler(pickle.Unpickler):

@@ -8,7 +8,7 @@ import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog
-from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 
 from .config import add_lsnet_config
 from .errors import ConfigError, did_you_mean
@@ -16,6 +16,7 @@ from .modeling import build_branches
 
 logger = logging.getLogger(__name__)
 
+SCHEDULERS = ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR")
 CLIP_TYPES = ("full_model", "value", "norm")
 
 
@@ -128,11 +129,14 @@ def check_config(cfg: CfgNode) -> None:
             f"MODEL.META_ARCHITECTURE is {architecture!r}, which is not registered"
             f"{did_you_mean(architecture, known)}"
         )
+    if cfg.MODEL.BACKBONE.NAME not in BACKBONE_REGISTRY:
+        known = [name for name, _ in BACKBONE_REGISTRY]
+        raise ConfigError(
+            f"MODEL.BACKBONE.NAME is {cfg.MODEL.BACKBONE.NAME!r}, which is not registered"
+            f"{did_you_mean(cfg.MODEL.BACKBONE.NAME, known)}"
+        )
     if architecture == "LSNet":
-        try:
-            build_branches(cfg)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+        _check_lsnet(cfg)
     for key in ("TRAIN", "TEST"):
         for name in cfg.DATASETS[key]:
             if name not in DatasetCatalog:
@@ -140,7 +144,16 @@ def check_config(cfg: CfgNode) -> None:
                     f"DATASETS.{key}: data set {name!r} is not registered"
                     f"{did_you_mean(name, DatasetCatalog.list())}"
                 )
+    for key, value in (
+        ("SOLVER.IMS_PER_BATCH", cfg.SOLVER.IMS_PER_BATCH),
+        ("SOLVER.MAX_ITER", cfg.SOLVER.MAX_ITER),
+    ):
+        if value < 1:
+            raise ConfigError(f"{key} is {value}; it must be at least 1")
     for key, value, choices in (
+        ("SOLVER.LR_SCHEDULER_NAME", cfg.SOLVER.LR_SCHEDULER_NAME, SCHEDULERS),
+        ("INPUT.FORMAT", cfg.INPUT.FORMAT, ("RGB", "BGR", "L", "YUV-BT.601")),
+        ("INPUT.RANDOM_FLIP", cfg.INPUT.RANDOM_FLIP, ("none", "horizontal", "vertical")),
         ("DATASETS.INVALID_ANNOTATIONS", cfg.DATASETS.INVALID_ANNOTATIONS, ("error", "drop")),
         ("INPUT.EXTREME_POINTS", cfg.INPUT.EXTREME_POINTS, ("segmentation", "annotation")),
         ("INPUT.CONTOUR_SAMPLING", cfg.INPUT.CONTOUR_SAMPLING, ("adaptive", "reference")),
@@ -157,6 +170,23 @@ def check_config(cfg: CfgNode) -> None:
         raise ConfigError(
             f"SOLVER.AMP.ENABLED needs a CUDA device, but MODEL.DEVICE is {cfg.MODEL.DEVICE!r}"
         )
+
+
+def _check_lsnet(cfg: CfgNode) -> None:
+    try:
+        build_branches(cfg)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    node = cfg.MODEL.LSNET
+    if node.TOWER_CONV not in ("dcn", "conv"):
+        raise ConfigError(f"MODEL.LSNET.TOWER_CONV is {node.TOWER_CONV!r}; it must be dcn or conv")
+    if len(node.IN_FEATURES) < 3:
+        raise ConfigError(
+            f"MODEL.LSNET.IN_FEATURES is {list(node.IN_FEATURES)}; it must be three maps or more"
+        )
+    for key, on in (("MODEL.LSNET.CPV", node.CPV), ("TEST.AUG.ENABLED", cfg.TEST.AUG.ENABLED)):
+        if on:
+            raise ConfigError(f"{key} is True, which LSNet cannot do yet")
 
 
 def classes_key(cfg: CfgNode) -> str:

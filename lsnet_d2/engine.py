@@ -11,11 +11,13 @@ from contextlib import contextmanager
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import (
+    DatasetCatalog,
     DatasetMapper,
     build_detection_test_loader,
     build_detection_train_loader,
     get_detection_dataset_dicts,
 )
+from detectron2.data.build import filter_images_with_only_crowd_annotations
 from detectron2.engine import (
     AMPTrainer,
     DefaultTrainer,
@@ -31,7 +33,7 @@ from torch import nn
 
 from .checkpointer import LSNetCheckpointer
 from .config_file import classes_key, load_config, num_classes
-from .data.annotation_checks import check_dataset_dicts
+from .data.annotation_checks import check_dataset_dicts, check_image_files, name_datasets
 from .data.dataset_mapper import LSNetDatasetMapper
 from .errors import ConfigError, UserError
 from .evaluation import build_evaluator
@@ -72,18 +74,24 @@ def build_mapper(cfg: CfgNode, is_train: bool) -> Callable[[dict], dict | None]:
 @contextmanager
 def reporting_data_errors(names: list[str]) -> Iterator[None]:
     """Turn what reading a registered data set raises into a UserError that names it."""
-    where = f"data set {', '.join(names)}"
+    where = name_datasets(names)
     try:
         yield
+    except UserError:
+        raise
     except FileNotFoundError as error:
         root = os.getenv("DETECTRON2_DATASETS", "datasets")
         raise UserError(
-            f"{where}: no such file: {error.filename} (DETECTRON2_DATASETS is {root})"
+            f"{where}: no such file: {error.filename or error} (DETECTRON2_DATASETS is {root})"
         ) from error
+    except OSError as error:
+        raise UserError(f"{where}: {error}") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: the annotation file is not complete JSON: {error}") from error
     except KeyError as error:
-        raise UserError(f"{where}: {error.args[0]!r} is missing or unknown") from error
+        message = str(error.args[0])  # Detectron2 writes sentences, Python the key alone
+        said = message if " " in message else f"{message!r} is missing or unknown"
+        raise UserError(f"{where}: {said}") from error
     except (AssertionError, ValueError) as error:
         raise UserError(f"{where}: {error}") from error
 
@@ -107,7 +115,7 @@ def load_training_data(cfg: CfgNode) -> list[dict]:
             else 0,
             proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
         )
-    return check_dataset_dicts(
+    dicts = check_dataset_dicts(
         dicts,
         num_classes=num_classes(cfg),
         dataset_name=names,
@@ -115,6 +123,24 @@ def load_training_data(cfg: CfgNode) -> list[dict]:
         on_invalid=cfg.DATASETS.INVALID_ANNOTATIONS,
         need_extreme_points=cfg.INPUT.EXTREME_POINTS == "annotation",
     )
+    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:  # some may have lost their last object
+        dicts = filter_images_with_only_crowd_annotations(dicts)
+    if not dicts:
+        raise UserError(f"data set {', '.join(names)}: no image to learn from")
+    return dicts
+
+
+def check_test_data(cfg: CfgNode) -> None:
+    """Find before training what would fail when ``DATASETS.TEST`` are evaluated after it.
+
+    Raises:
+        UserError: a file is missing or broken, or a data set does not fit the config.
+    """
+    for name in cfg.DATASETS.TEST:
+        with reporting_data_errors([name]):
+            dicts = DatasetCatalog.get(name)
+        check_image_files(dicts, name)
+        build_evaluator(cfg, name)
 
 
 def clip_whole_gradient(
@@ -155,6 +181,7 @@ class LSNetTrainer(DefaultTrainer):
                 f"the number of processes, {comm.get_world_size()}"
             )
         data_loader = self.build_train_loader(cfg)
+        check_test_data(cfg)
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         model = wrap_distributed(model)
@@ -178,6 +205,20 @@ class LSNetTrainer(DefaultTrainer):
         self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
         if self.checkpointer.resumed_from:
             self.start_iter = self.iter + 1
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """
+        Raises:
+            ConfigError: the config describes no model that can be built.
+        """
+        try:
+            return super().build_model(cfg)
+        except (AssertionError, KeyError, ValueError) as error:
+            raise ConfigError(
+                f"MODEL: {cfg.MODEL.META_ARCHITECTURE} cannot be built: "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import logging
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -19,8 +20,8 @@ def check_coco_file(path: str) -> None:
     """
     Raises:
         UserError: there is no such file, or it is no COCO file with images and categories, or
-            an annotation lacks a key that nothing can stand in for, or annotations differ in how
-            many keypoints they have.
+            an annotation lacks a key that nothing can stand in for, its box is none, or
+            annotations differ in how many keypoints they have.
     """
     if not os.path.isfile(path):
         raise UserError(f"no such annotation file: {path}")
@@ -41,6 +42,11 @@ def check_coco_file(path: str) -> None:
         if missing:
             name = annotation.get("id", f"number {index}")
             raise UserError(f"{path}: annotation {name} has no {missing[0]!r}")
+        if not _is_box(annotation["bbox"]):
+            raise UserError(
+                f"{path}: annotation {annotation['id']}: its box {annotation['bbox']} is not x, y, "
+                "width and height, finite and not negative"
+            )
     with_keypoints = [a for a in dataset.get("annotations", []) if a.get("keypoints")]
     for annotation in with_keypoints:
         here, there = len(annotation["keypoints"]), len(with_keypoints[0]["keypoints"])
@@ -50,6 +56,13 @@ def check_coco_file(path: str) -> None:
                 f"annotation {with_keypoints[0]['id']} has {there}; they must be alike, and three "
                 "for each keypoint"
             )
+
+
+def _is_box(value: object) -> bool:
+    if not isinstance(value, (list, tuple)) or len(value) != 4:
+        return False
+    numbers = all(isinstance(v, (int, float)) and math.isfinite(v) for v in value)
+    return numbers and value[2] >= 0 and value[3] >= 0
 
 
 def count_keypoints(annotations: list[dict]) -> int:

@@ -7,7 +7,6 @@ from typing import Any
 import matplotlib.colors
 import numpy as np
 import torch
-from detectron2.data import detection_utils
 from detectron2.structures import BitMasks, Boxes, BoxMode, Instances, Keypoints, PolygonMasks
 from detectron2.utils.visualizer import ColorMode, VisImage, Visualizer
 from matplotlib.lines import Line2D
@@ -16,6 +15,8 @@ from matplotlib.path import Path
 from matplotlib.patheffects import withStroke
 
 from .data.annotation_checks import AnnotationError, name_annotation
+from .data.extreme_points import as_extreme_points
+from .data.images import read_image
 from .data.polygons import decode_rle
 from .errors import UserError
 
@@ -140,16 +141,20 @@ class LSNetVisualizer(Visualizer):
         ``segmentation``, ``keypoints`` and ``extreme_points``.
 
         Raises:
-            AnnotationError: a mask is damaged or of another size than the image.
+            AnnotationError: a mask is damaged or of another size than the image, or the extreme
+                points are not four or five.
             UserError: the metadata name another number of keypoints.
         """
         annotations = dic.get("annotations", [])
         if not annotations:
             return self.output
         regions: list[Region | None] = []
+        extreme_points: list[np.ndarray | None] = []
         for index, annotation in enumerate(annotations):
+            points = annotation.get("extreme_points")
             try:
                 regions.append(self._to_region(annotation.get("segmentation")))
+                extreme_points.append(as_extreme_points(points) if points is not None else None)
             except ValueError as error:
                 raise AnnotationError(f"{name_annotation(dic, index)}: {error}") from error
 
@@ -169,7 +174,7 @@ class LSNetVisualizer(Visualizer):
             regions=regions,
             keypoints=column("keypoints", (-1, 3)),
             annotated=True,
-            extreme_points=column("extreme_points", (4, 2)),
+            extreme_points=extreme_points,
         )
 
     def draw_ignored(self, boxes: Boxes | np.ndarray) -> VisImage:
@@ -542,8 +547,8 @@ def _signed_area(polygon: np.ndarray) -> float:
 
 
 def read_rgb(path: str) -> np.ndarray:
-    """An image file as (H, W, 3), RGB, turned as its EXIF data say."""
-    return detection_utils.read_image(path, format="RGB")
+    """An image file as (H, W, 3), RGB: see :func:`lsnet_d2.data.images.read_image`."""
+    return read_image(path, "RGB")
 
 
 def side_by_side(left: np.ndarray, right: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@ import logging
 import math
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -124,6 +125,49 @@ def test_config_errors_name_key_and_file(tmp_path):
         load("MODEL: {META_ARCHITECTURE: LSNet, LSNET: {TASK: boxes}}\nVERSION: 2")
     with pytest.raises(ConfigError, match="META_ARCHITECTURE is 'LSNett'.*LSNet"):
         load("MODEL: {META_ARCHITECTURE: LSNett}\nVERSION: 2")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("SOLVER.IMS_PER_BATCH", "0"),
+        ("SOLVER.MAX_ITER", "0"),
+        ("SOLVER.LR_SCHEDULER_NAME", "Nope"),
+        ("INPUT.FORMAT", "XYZ"),
+        ("INPUT.RANDOM_FLIP", "sideways"),
+        ("INPUT.CONTOUR_SAMPLING", "even"),
+        ("MODEL.BACKBONE.NAME", "nope"),
+        ("MODEL.LSNET.TOWER_CONV", "dcnn"),
+        ("MODEL.LSNET.IN_FEATURES", "['p3', 'p4']"),
+        ("MODEL.LSNET.CPV", "True"),
+        ("TEST.AUG.ENABLED", "True"),
+    ],
+)
+def test_values_that_could_only_fail_later_are_refused(key, value):
+    config = str(tiny_coco.ROOT / "configs/bbox/lsnet_R_50_FPN_1x.yaml")
+    with pytest.raises(ConfigError, match=f"^{re.escape(key)} is "):
+        load_config(config, [key, value])
+
+
+def test_models_that_cannot_be_built_are_config_errors():
+    config = str(tiny_coco.ROOT / "configs/bbox/lsnet_R_50_FPN_1x.yaml")
+    for opts in (
+        ["MODEL.FPN.OUT_CHANNELS", "48"],
+        ["MODEL.LSNET.IN_FEATURES", "['p3', 'p4', 'p9']"],
+        ["MODEL.RESNETS.DEPTH", "51"],
+    ):
+        with pytest.raises(ConfigError, match="LSNet cannot be built"):
+            LSNetTrainer.build_model(load_config(config, opts))
+
+
+CONFIGS = sorted((tiny_coco.ROOT / "configs").glob("*/*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_shipped_configs_load(path):
+    cfg = load_config(str(path))
+    assert cfg.OUTPUT_DIR.startswith("./output") or cfg.OUTPUT_DIR.startswith("output/")
+    assert cfg.SOLVER.STEPS[-1] < cfg.SOLVER.MAX_ITER or "Cosine" in cfg.SOLVER.LR_SCHEDULER_NAME
 
 
 def test_config_file_is_data(tmp_path):
@@ -272,6 +316,49 @@ def test_resume_without_checkpoint_starts_and_without_whole_one_fails(coco):
         trainer.resume_or_load(resume=True)
 
 
+def test_a_new_training_sets_older_checkpoints_aside(coco, caplog):
+    tiny_trainer(coco).train()
+    output = coco / "output"
+    before = {p.name: p.read_bytes() for p in output.glob("*.pth")}
+    with caplog.at_level(logging.WARNING):
+        tiny_trainer(coco)
+    assert not list(output.glob("*.pth")) and not (output / "last_checkpoint").exists()
+    assert {p.name: p.read_bytes() for p in (output / "earlier_1").glob("*.pth")} == before
+    assert "earlier_1" in caplog.text
+    # killed before its first checkpoint, it starts anew and does not go on from the older one
+    assert tiny_trainer(coco, resume=True).start_iter == 0
+
+
+def test_weights_may_be_those_of_an_earlier_training_in_the_same_folder(coco):
+    tiny_trainer(coco).train()
+    weights = coco / "output" / "model_final.pth"
+    saved = torch.load(weights, weights_only=True)["model"]
+    trainer = tiny_trainer(coco, "MODEL.WEIGHTS", str(weights))
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(saved[name], value)
+
+
+def test_resume_with_other_parameters_is_explained(coco):
+    tiny_trainer(coco, "SOLVER.MAX_ITER", "1").train()
+    with pytest.raises(CheckpointError, match=r"model_final.pth does not fit.*FREEZE_AT"):
+        tiny_trainer(coco, "MODEL.BACKBONE.FREEZE_AT", "3", resume=True)
+
+
+def test_test_data_are_checked_before_training(coco):
+    path = tiny_coco.json_file(coco, "val")
+    text = path.read_text()
+    dataset = json.loads(text)
+    dataset["annotations"][0]["bbox"] = [1, 2, 3]
+    path.write_text(json.dumps(dataset))
+    with pytest.raises(UserError, match=r"instances_val2017.json: annotation 1: its box"):
+        LSNetTrainer(tiny_cfg(coco))
+    path.write_text(text)
+    image = next((coco / "coco" / "val2017").iterdir())
+    image.unlink()
+    with pytest.raises(UserError, match=f"no image file .*{image.name}"):
+        LSNetTrainer(tiny_cfg(coco))
+
+
 def test_resume_from_weights_only_is_refused(coco):
     trainer = tiny_trainer(coco)
     LSNetCheckpointer(trainer.model, trainer.cfg.OUTPUT_DIR).save("model_0000005")
@@ -290,15 +377,19 @@ def test_data_errors_name_the_file(coco):
     path = tiny_coco.json_file(coco, "train")
     text = path.read_text()
     path.write_text(text[: len(text) // 2])
-    with pytest.raises(UserError, match="tiny_train: the annotation file is not complete"):
+    with pytest.raises(
+        UserError, match=r"tiny_train \(.*json\): the annotation file is not complete"
+    ):
         load_training_data(cfg)
     dataset = json.loads(text)
     dataset["annotations"][2]["category_id"] = 12  # COCO has none
     path.write_text(json.dumps(dataset))
-    with pytest.raises(UserError, match="tiny_train: .*12"):
+    with pytest.raises(UserError, match=r"tiny_train \(.*json\): Encountered category_id=12"):
         load_training_data(cfg)
     path.unlink()
-    with pytest.raises(UserError, match="tiny_train: no such file: .*instances_train2017.json"):
+    with pytest.raises(
+        UserError, match=r"tiny_train \(.*json\): no such file: .*instances_train2017.json"
+    ):
         load_training_data(cfg)
     cfg.DATASETS.TRAIN = ()
     with pytest.raises(ConfigError, match="DATASETS.TRAIN is empty"):
@@ -395,6 +486,33 @@ def test_weights_are_data(tmp_path, suffix):
     with pytest.raises(CheckpointError, match=f"cannot read the weights .*evil.{suffix}"):
         LSNetCheckpointer(nn.Linear(1, 1)).load(path)
     assert not os.path.exists(target)
+
+
+@pytest.mark.parametrize("model", [[1, 2], torch.zeros(2), {1: torch.zeros(2)}])
+def test_weights_must_have_names(tmp_path, model):
+    path = tmp_path / "unnamed.pth"
+    torch.save({"model": model}, path)
+    with pytest.raises(CheckpointError, match=r"unnamed.pth does not hold weights by their names"):
+        LSNetCheckpointer(nn.Linear(1, 1)).load(str(path))
+
+
+def test_a_checkpoint_with_flipped_bytes_is_passed_over(tmp_path):
+    checkpointer = LSNetCheckpointer(nn.Linear(1, 1), str(tmp_path))
+    checkpointer.save("model_0000001")
+    checkpointer.save("model_0000002")
+    last = tmp_path / "model_0000002.pth"
+    whole = last.read_bytes()
+    generator = np.random.default_rng(0)
+    damaged = 0
+    for _ in range(100):
+        content = bytearray(whole)
+        for index in generator.integers(len(content), size=4):
+            content[index] ^= generator.integers(1, 256)
+        last.write_bytes(content)
+        found = checkpointer.find_checkpoint()
+        damaged += found.endswith("1.pth")
+        torch.load(found, weights_only=True)  # what it found can be read
+    assert damaged > 50
 
 
 @pytest.mark.parametrize("content", [b"", b"PK", b"not a checkpoint"])

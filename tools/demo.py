@@ -17,16 +17,16 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from detectron2.utils.logger import setup_logger
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 import lsnet_d2  # noqa: F401  (registers the model, the backbones and the data sets)
 from lsnet_d2.checkpointer import LSNetCheckpointer
 from lsnet_d2.config_file import load_config
+from lsnet_d2.data.images import ImageError, read_image
 from lsnet_d2.errors import UserError, exit_on_user_error
 from lsnet_d2.files import atomic_write
 from lsnet_d2.tracking import Tracker
@@ -182,9 +182,9 @@ def run_on_images(detector: Detector, patterns: list[str], output: str | None) -
     for path in tqdm(images, disable=None):
         start = time.perf_counter()
         try:
-            image = read_image(path)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            logger.error("%s: not a readable image: %s", path, error)
+            image = read_image(str(path), "RGB")
+        except ImageError as error:
+            logger.error("%s", error)
             failed += 1
             continue
         picture, count = detector.draw(image)
@@ -201,12 +201,6 @@ def run_on_images(detector: Detector, patterns: list[str], output: str | None) -
     if failed:
         logger.error("%d of %d images could not be read", failed, len(images))
     return failed
-
-
-def read_image(path: Path) -> np.ndarray:
-    """(H, W, 3) RGB, turned as the EXIF data say."""
-    with Image.open(path) as image:
-        return convert_PIL_to_numpy(ImageOps.exif_transpose(image), "RGB")
 
 
 def frames(capture: cv2.VideoCapture) -> Iterator[np.ndarray]:

@@ -9,12 +9,11 @@ from detectron2.engine import default_argument_parser, launch
 
 import lsnet_d2  # noqa: F401  (registers the model, the backbones and the data sets)
 from lsnet_d2.config_file import load_config
-from lsnet_d2.data.annotation_checks import AnnotationError
 from lsnet_d2.engine import LSNetTrainer, evaluate, setup
-from lsnet_d2.errors import ConfigError, exit_on_user_error
+from lsnet_d2.errors import ConfigError, UserError, exit_on_user_error
 
 
-@exit_on_user_error(AnnotationError)
+@exit_on_user_error()
 def run(args: argparse.Namespace) -> None:
     """What each process does."""
     cfg = setup(args)
@@ -38,13 +37,22 @@ def check_processes(args: argparse.Namespace) -> None:
             f"--num-gpus is {args.num_gpus}, but there are {torch.cuda.device_count()} here"
         )
     several = args.num_gpus * args.num_machines > 1
+    if several and device.index is not None:
+        raise ConfigError(
+            f"MODEL.DEVICE is {device}, but several processes need one each: use cuda"
+        )
+    if args.num_gpus > 1 and device.type != "cuda" and "MODEL.DEVICE" not in args.opts:
+        raise ConfigError(
+            f"--num-gpus is {args.num_gpus}, but there is no GPU here; with MODEL.DEVICE cpu it is "
+            "the number of processes"
+        )
     if several and device.type != "cuda" and torch.cuda.is_available():
         raise ConfigError(
             f"several processes on {device} beside a GPU: hide it with CUDA_VISIBLE_DEVICES="
         )
 
 
-@exit_on_user_error(AnnotationError)
+@exit_on_user_error()
 def main() -> None:
     args = default_argument_parser().parse_args()
     check_processes(args)
@@ -58,7 +66,11 @@ def main() -> None:
             args=(args,),
         )
     except torch.multiprocessing.ProcessExitedException as error:
-        sys.exit(error.exit_code)  # the process has said why
+        if error.signal_name:  # else the process has said why
+            raise UserError(
+                f"process {error.error_index} was ended by {error.signal_name} (out of memory?)"
+            ) from error
+        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

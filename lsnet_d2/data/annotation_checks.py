@@ -35,7 +35,8 @@ def check_dataset_dicts(
 
     Errors are: a number of classes other than the config's; a missing image file; a class out of
     range; a box that is not four finite numbers, has no width or height, or lies outside its image
-    (boxes that reach over the border are common, and are clipped later); malformed extreme points.
+    (boxes that reach over the border are common, and are clipped later); malformed extreme points;
+    a segmentation that is neither a list of polygons nor an RLE of the image's size.
 
     Args:
         dataset_dicts: in Detectron2's format; nothing is written into them.
@@ -58,7 +59,7 @@ def check_dataset_dicts(
         raise ValueError(f"on_invalid must be 'error' or 'drop', not {on_invalid!r}")
     names = [dataset_name] if isinstance(dataset_name, str) else list(dataset_name)
     _check_class_count(names, num_classes, num_classes_key)
-    where = _where(names)
+    where = name_datasets(names)
     raise_problems(where, _missing_images(dataset_dicts))
 
     places = [
@@ -69,7 +70,19 @@ def check_dataset_dicts(
     annotations = [a for record in dataset_dicts for a in record.get("annotations", ())]
     invalid_boxes = dict(_box_problems(dataset_dicts, places, annotations))
     if invalid_boxes and on_invalid == "drop":
-        logger.warning("%s: %d annotations with invalid boxes dropped", where, len(invalid_boxes))
+        named = [
+            f"{name_annotation(dataset_dicts[places[i][0]], places[i][1])}: {invalid_boxes[i]}"
+            for i in sorted(invalid_boxes)[:MAX_LISTED]
+        ]
+        logger.warning(
+            "%s: %d annotations with invalid boxes dropped:\n  %s%s",
+            where,
+            len(invalid_boxes),
+            "\n  ".join(named),
+            "\n  ..." if len(invalid_boxes) > MAX_LISTED else "",
+        )
+        if len(invalid_boxes) == len(annotations):
+            raise AnnotationError(f"{where}: no annotation has a valid box")
         dataset_dicts = _without(dataset_dicts, [places[i] for i in invalid_boxes])
         return check_dataset_dicts(
             dataset_dicts,
@@ -80,7 +93,9 @@ def check_dataset_dicts(
         )
     problems = dict(invalid_boxes)
     for index, annotation in enumerate(annotations):
+        record = dataset_dicts[places[index][0]]
         text = _annotation_problem(annotation, num_classes, need_extreme_points)
+        text = text or _segmentation_problem(annotation.get("segmentation"), record)
         if text:
             problems.setdefault(index, text)
     if problems:
@@ -97,6 +112,14 @@ def check_dataset_dicts(
         )
     _log_box_only(where, annotations)
     return dataset_dicts
+
+
+def check_image_files(dataset_dicts: Sequence[dict], dataset_name: str) -> None:
+    """
+    Raises:
+        AnnotationError: image files are missing; names the first few and counts all.
+    """
+    raise_problems(name_datasets([dataset_name]), _missing_images(dataset_dicts))
 
 
 def name_annotation(record: dict, index: int, ids: dict | None = None) -> str:
@@ -127,7 +150,8 @@ def raise_problems(where: str, problems: Sequence[str], hint: str = "") -> None:
     raise AnnotationError("\n".join([f"{where}: {count}:", *listed, *([hint] if hint else [])]))
 
 
-def _where(names: Sequence[str]) -> str:
+def name_datasets(names: Sequence[str]) -> str:
+    """Data sets with their annotation files, as messages name them."""
     files = [_json_file(name) for name in names]
     return "data set " + ", ".join(
         f"{name} ({file})" if file else name for name, file in zip(names, files, strict=True)
@@ -149,7 +173,8 @@ def _check_class_count(names: Sequence[str], num_classes: int, key: str) -> None
         if classes is not None and len(classes) != num_classes:
             shown = ", ".join(classes[:MAX_LISTED]) + (", ..." if len(classes) > MAX_LISTED else "")
             raise AnnotationError(
-                f"{_where([name])} has {len(classes)} classes ({shown}), but {key} is {num_classes}"
+                f"{name_datasets([name])} has {len(classes)} classes ({shown}), but {key} is "
+                f"{num_classes}"
             )
 
 
@@ -227,7 +252,23 @@ def _annotation_problem(annotation: dict, num_classes: int, need_extreme_points:
         except ValueError as error:
             return str(error)
     elif need_extreme_points and annotation.get("segmentation") and not _is_region(annotation):
-        return "it has no extreme_points (tools/gen_coco_lsvr.py writes them)"
+        return (
+            "it has no extreme_points. tools/gen_coco_lsvr.py writes them; Detectron2's own "
+            "loader, which coco_2017_train has, drops them: take coco_train2017, as the folder is "
+            "known too"
+        )
+    return ""
+
+
+def _segmentation_problem(segmentation: object, record: dict) -> str:
+    if isinstance(segmentation, dict):
+        size = [record.get("height"), record.get("width")]
+        if None not in size and list(segmentation.get("size", ())) != size:
+            return f"an RLE of (height, width) {segmentation.get('size')} in an image of {size}"
+    elif segmentation is not None and not isinstance(segmentation, (list, tuple)):
+        return f"its segmentation is of type {type(segmentation).__name__}"
+    elif segmentation and np.ndim(segmentation[0]) == 0:
+        return "its segmentation is a list of numbers; it must be a list of polygons"
     return ""
 
 

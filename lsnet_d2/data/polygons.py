@@ -38,6 +38,8 @@ def segmentation_to_polygons(segmentation: Any, height: int, width: int) -> list
         raise ValueError(f"a segmentation of type {type(segmentation).__name__}")
     polygons = []
     for part in segmentation:
+        if np.ndim(part) == 0:
+            raise ValueError("a segmentation of numbers; it must be a list of polygons")
         values = np.array(part, dtype=np.float64).reshape(-1)
         if values.size >= 6 and values.size % 2 == 0 and is_usable(values.reshape(-1, 2)):
             polygons.append(values.reshape(-1, 2))
@@ -61,7 +63,38 @@ def decode_rle(rle: dict, height: int, width: int) -> np.ndarray:
         rle = mask_util.frPyObjects(rle, height, width)
     elif not isinstance(counts, (str, bytes)):
         raise ValueError("an RLE without counts")
+    else:
+        runs = _run_lengths(counts)
+        if runs.sum() != height * width or runs.min(initial=0) < 0:
+            # pycocotools would leave the rest of the mask as it finds the memory
+            raise ValueError(f"the runs of an RLE sum up to {runs.sum()}, not {height * width}")
     return mask_util.decode(rle)
+
+
+def _run_lengths(counts: str | bytes) -> np.ndarray:
+    """The numbers in a compressed RLE (pycocotools, ``rleFrString``).
+
+    A character has six bits above 48: five of a number, lowest first, and one that says whether the
+    number goes on. From the fourth on, numbers are differences to the last but one.
+
+    Raises:
+        ValueError: other characters, or the last number does not end.
+    """
+    text = counts.encode("ascii", "replace") if isinstance(counts, str) else counts
+    bits = np.frombuffer(text, dtype=np.uint8).astype(np.int64) - 48
+    if ((bits < 0) | (bits > 63)).any() or (bits.size and bits[-1] & 32):
+        raise ValueError("the counts of an RLE are damaged")
+    ends = np.flatnonzero(bits & 32 == 0)
+    starts = np.concatenate([[0], ends[:-1] + 1])[: len(ends)]
+    if len(ends) and (ends - starts).max() > 7:
+        raise ValueError("the counts of an RLE are damaged")
+    place = 5 * (np.arange(len(bits)) - np.repeat(starts, ends - starts + 1))
+    values = np.add.reduceat((bits & 31) << place, starts) if len(ends) else bits
+    negative = bits[ends] & 16 != 0
+    values = values - (negative.astype(np.int64) << (5 * (ends - starts + 1)))
+    values[1::2] = values[1::2].cumsum()
+    values[2::2] = values[2::2].cumsum()
+    return values
 
 
 def polygons_to_rle(polygons: np.ndarray, height: int, width: int) -> list[dict]:

@@ -234,3 +234,26 @@ def test_hundred_thousand_images_take_seconds(tmp_path):
     start = time.process_time()
     check(records)
     assert time.process_time() - start < 15
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "reason"),
+    [
+        ([1, 2, 3, 4, 5, 6], "a list of numbers"),
+        ("1,2,3", "of type str"),
+        ({"size": [3, 4], "counts": "x"}, r"an RLE of \(height, width\) \[3, 4\]"),
+    ],
+)
+def test_malformed_segmentations_are_found_before_training(dicts, segmentation, reason):
+    dicts[0]["annotations"][0]["segmentation"] = segmentation
+    with pytest.raises(AnnotationError, match=reason):
+        check(dicts)
+
+
+def test_drop_names_what_it_drops_and_does_not_drop_all(dicts, caplog):
+    for record in dicts:
+        for annotation in record["annotations"]:
+            annotation["bbox"] = [0, 0, 0, 0]
+    with pytest.raises(AnnotationError, match="no annotation has a valid box"):
+        check(dicts, on_invalid="drop")
+    assert "its box [0, 0, 0, 0] has no width" in caplog.text

@@ -12,6 +12,7 @@ from pycocotools import mask as mask_util
 from lsnet_d2.data.polygons import (
     bounding_box,
     clip_polygons,
+    decode_rle,
     is_usable,
     mask_to_polygons,
     polygons_to_rle,
@@ -156,6 +157,25 @@ def test_three_forms_of_a_rectangle():
 def test_malformed_segmentations(segmentation):
     with pytest.raises(ValueError, match="RLE|type"):
         segmentation_to_polygons(segmentation, 20, 30)
+
+
+@pytest.mark.parametrize("counts", ["", "1", "zzzz{{~~oooooooo", "Pl0", b"\xff"])
+def test_damaged_rle_is_refused(counts):
+    with pytest.raises(ValueError, match="of an RLE"):
+        decode_rle({"size": [48, 64], "counts": counts}, 48, 64)
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32 - 1))
+def test_rle_of_any_mask_is_read(height, width, seed):
+    generator = np.random.default_rng(seed)
+    mask = (generator.random((height, width)) < generator.random()).astype(np.uint8)
+    rle = mask_util.encode(np.asfortranarray(mask))
+    assert np.array_equal(decode_rle(rle, height, width), mask)
+
+
+def test_flat_lists_are_refused():
+    with pytest.raises(ValueError, match="must be a list of polygons"):
+        segmentation_to_polygons([1.0, 2, 3, 4, 5, 6], 48, 64)
 
 
 def test_outline_of_a_mask_goes_round_its_pixels():
