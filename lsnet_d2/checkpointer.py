@@ -1,11 +1,14 @@
 """Checkpoints that are whole or absent, and are refused when they do not fit the model."""
 
 import glob
+import itertools
 import logging
 import os
 import pickle
+import time
 import zipfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +18,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from .checkpoint import convert_lsnet_checkpoint, is_released_checkpoint
-from .errors import CheckpointError
+from .errors import CheckpointError, one_line
 from .files import atomic_write, remove_partial_files
 
 logger = logging.getLogger(__name__)
@@ -26,6 +29,7 @@ class LSNetCheckpointer(DetectionCheckpointer):
 
     - A checkpoint appears under its name when it is complete, ``last_checkpoint`` after it. A
       training that is killed at any moment leaves a file to go on from.
+    - A training that starts anew moves the checkpoints of an earlier one out of the way.
     - Files are read as data: nothing in them is executed.
     - With ``strict=True``, a checkpoint must have every weight of the model and no others.
     - Weights of the released LSNet code are renamed when a config is given.
@@ -97,56 +101,69 @@ class LSNetCheckpointer(DetectionCheckpointer):
         """Go on from the last checkpoint in ``save_dir``; without one, load weights from ``path``.
 
         A checkpoint that is missing or damaged is passed over for the newest whole one, with a
-        warning. Without ``resume``, checkpoints that are there already are of an earlier training:
-        they are moved to a folder ``earlier_1`` or so, where no later ``resume`` finds them. In a
-        distributed run the main process decides.
+        warning. In a distributed run the main process decides. What starts from ``path`` is a
+        training of its own: see :meth:`set_aside`.
 
         Raises:
-            CheckpointError: there are checkpoints, but none is whole; see also :meth:`load`.
+            CheckpointError: there are checkpoints, but none is whole, or the state of the training
+                does not fit this one; see also :meth:`load`.
         """
         self.resumed_from = None
         if resume:
-            found = self.find_checkpoint() if comm.is_main_process() else None
-            self.resumed_from = comm.all_gather(found)[0]
+            self.resumed_from = self._find_for_all()
             if self.resumed_from:
                 return self._resume(self.resumed_from)
             logger.info("No checkpoint in %s: starting from MODEL.WEIGHTS", self.save_dir)
-            return self.load(path, checkpointables=[])
-        rest = self.load(path, checkpointables=[])  # perhaps from one of these files
-        comm.synchronize()
-        if comm.is_main_process():
-            self._set_aside()
+        rest = self.load(path, checkpointables=[])
+        comm.synchronize()  # ``path`` may be one of the files that are moved now
+        if self.save_to_disk:
+            self.set_aside()
         return rest
 
-    def _set_aside(self) -> None:
-        files = self._files()
+    def _find_for_all(self) -> str | None:
+        """What the main process finds, or raises, in every process: none waits for another."""
+        found, error = None, None
+        if comm.is_main_process():
+            try:
+                found = self.find_checkpoint()
+            except CheckpointError as exception:
+                error = exception
+        found, error = comm.all_gather((found, error))[0]
+        if error is not None:
+            raise error
+        return found
+
+    def set_aside(self) -> None:
+        """Move the checkpoints in ``save_dir`` into a folder below it, with the time in its name.
+
+        Otherwise a new training that is killed before its first checkpoint would be resumed from
+        them. An empty ``last_checkpoint`` is written before the first file is moved: it says that
+        none of the files counts, whenever a kill may come.
+        """
+        files = self._checkpoints()
         if not files:
             return
-        number = 1
-        while os.path.exists(folder := os.path.join(self.save_dir, f"earlier_{number}")):
-            number += 1
-        os.makedirs(folder)
-        # first the one that says which is the last
-        for file in sorted(files, key=lambda f: f.endswith(".pth")):
-            os.replace(file, os.path.join(folder, os.path.basename(file)))
-        logger.warning(
-            "%s has checkpoints of an earlier training; they are in %s now", self.save_dir, folder
-        )
-
-    def _files(self) -> list[str]:
-        """The checkpoints in ``save_dir``, and the file that names the last of them."""
-        folder = glob.escape(self.save_dir)
-        names = ("model_*.pth", "last_checkpoint")
-        return [file for name in names for file in glob.glob(os.path.join(folder, name))]
+        self.tag_last_checkpoint("")
+        now = time.strftime("%Y-%m-%d_%H-%M-%S")
+        for number in itertools.count(1):
+            folder = Path(self.save_dir, f"earlier_{now}" + (f"_{number}" if number > 1 else ""))
+            try:
+                folder.mkdir()
+                break
+            except FileExistsError:
+                continue
+        for file in files:
+            os.replace(file, folder / os.path.basename(file))
+        logger.info("Moved the checkpoints of an earlier training to %s", folder)
 
     def _resume(self, path: str) -> dict[str, Any]:
         try:
             rest = self.load(path, strict=True)
-        except ValueError as error:  # of the optimizer
+        except (ValueError, KeyError) as error:  # of the optimizer, for one
             raise CheckpointError(
-                f"{path} does not fit the training of this config: {error}. SOLVER and "
-                "MODEL.BACKBONE.FREEZE_AT must be as they were, or give the file as MODEL.WEIGHTS "
-                "without --resume"
+                f"{path}: the state of its training does not fit ({one_line(error)}). What is "
+                "trained, above all MODEL.BACKBONE.FREEZE_AT, and SOLVER must be as they were; to "
+                "start anew from its weights, give it as MODEL.WEIGHTS without --resume"
             ) from error
         if "iteration" not in rest:
             raise CheckpointError(
@@ -159,10 +176,11 @@ class LSNetCheckpointer(DetectionCheckpointer):
         """The file to go on from, or None where nothing was saved. Removes partial files."""
         for name in remove_partial_files(self.save_dir):
             logger.warning("Removed %s, a checkpoint cut short in %s", name, self.save_dir)
-        files = [file for file in self._files() if file.endswith(".pth")]
-        files.sort(key=os.path.getmtime, reverse=True)
+        files = self._checkpoints()
         if self.has_checkpoint():
             last = self.get_checkpoint_file()
+            if last == os.path.join(self.save_dir, ""):  # see set_aside
+                return None
             files = [last] + [file for file in files if file != last]
         for file in files:
             if _is_whole(file):
@@ -173,6 +191,11 @@ class LSNetCheckpointer(DetectionCheckpointer):
         if files:
             raise CheckpointError(f"none of the checkpoints in {self.save_dir} can be read")
         return None
+
+    def _checkpoints(self) -> list[str]:
+        """The files of checkpoints in ``save_dir``, newest first."""
+        files = glob.glob(os.path.join(glob.escape(self.save_dir), "model_*.pth"))
+        return sorted(files, key=os.path.getmtime, reverse=True)
 
     def _require_file(self, path: str) -> None:
         url = path.partition("?")[0]
@@ -191,17 +214,15 @@ class LSNetCheckpointer(DetectionCheckpointer):
                 loaded = super()._load_file(filename)
         except CheckpointError:
             raise
-        except Exception as error:  # a damaged file may fail in any way
+        except Exception as error:  # damaged bytes may raise anything in a reader of pickles
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise CheckpointError(
                 f"cannot read the weights {filename} (damaged, or more than plain data): "
                 f"{reason[0]}"
             ) from error
-        weights = loaded["model"]
-        if isinstance(weights, Mapping):
-            weights = weights.get("state_dict", weights)  # as mmdetection saves them
-        if not isinstance(weights, Mapping) or not all(isinstance(key, str) for key in weights):
-            raise CheckpointError(f"{filename} does not hold weights by their names")
+        weights = _require_names(filename, loaded["model"])
+        if "state_dict" in weights:  # as mmdetection saves them
+            weights = _require_names(filename, weights["state_dict"])
         if self.cfg is not None and is_released_checkpoint(weights):
             try:
                 weights = convert_lsnet_checkpoint(weights, self.cfg)
@@ -210,10 +231,7 @@ class LSNetCheckpointer(DetectionCheckpointer):
         return {**loaded, "model": weights}
 
     def _torch_load(self, f: str) -> Mapping[str, Any]:
-        loaded = torch.load(f, map_location="cpu", weights_only=True)
-        if not isinstance(loaded, Mapping):
-            raise CheckpointError(f"{f} holds a {type(loaded).__name__}, not named weights")
-        return loaded
+        return _require_names(f, torch.load(f, map_location="cpu", weights_only=True))
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         try:
@@ -265,15 +283,27 @@ def _some(names: list[str], limit: int = 3) -> str:
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
 
 
+def _require_names(path: str, data: Any) -> Mapping[str, Any]:
+    """``data``, which must have strings for keys."""
+    if not isinstance(data, Mapping):
+        raise CheckpointError(f"{path} holds a {type(data).__name__}, not named weights")
+    other = next((key for key in data if not isinstance(key, str)), None)
+    if other is not None:
+        raise CheckpointError(f"{path} holds {other!r} where the name of a weight should be")
+    return data
+
+
 def _is_whole(path: str) -> bool:
     """Whether a file of torch.save is complete, its checksums hold, and torch can read it."""
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None:
                 return False
-        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # a damaged file may fail in any way
-        logger.debug("Reading %s failed", path, exc_info=True)
+        # the tensors themselves stay on the disk
+        data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        _require_names(path, _require_names(path, data).get("model"))
+    except Exception:  # damaged bytes may raise anything
+        logger.debug("%s is not a whole checkpoint", path, exc_info=True)
         return False
     return True
 
@@ -298,15 +328,15 @@ class _NumpyUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def _load_numpy_pickle(path: str) -> dict[str, Any]:
+def _load_numpy_pickle(path: str) -> Mapping[str, Any]:
     with open(path, "rb") as file:
-        return _NumpyUnpickler(file, encoding="latin1").load()
+        return _require_names(path, _NumpyUnpickler(file, encoding="latin1").load())
 
 
-def _from_model_zoo(data: dict[str, Any]) -> dict[str, Any]:
+def _from_model_zoo(data: Mapping[str, Any]) -> dict[str, Any]:
     """Detectron2's zoo names its author; other pickles are Caffe2's and matched by heuristics."""
     if "model" in data and "__author__" in data:
-        return data
+        return dict(data)
     blobs = data.get("blobs", data)
     weights = {name: value for name, value in blobs.items() if not name.endswith("_momentum")}
     return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}

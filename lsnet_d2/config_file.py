@@ -3,6 +3,8 @@
 import logging
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import yaml
@@ -11,13 +13,30 @@ from detectron2.data import DatasetCatalog
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 
 from .config import add_lsnet_config
+from .data.builtin import explain_unregistered
 from .errors import ConfigError, did_you_mean
 from .modeling import build_branches
 
 logger = logging.getLogger(__name__)
 
-SCHEDULERS = ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR")
-CLIP_TYPES = ("full_model", "value", "norm")
+# What keys with a choice may be: (key, values)
+CHOICES = (
+    ("DATASETS.INVALID_ANNOTATIONS", ("error", "drop")),
+    ("INPUT.EXTREME_POINTS", ("segmentation", "annotation")),
+    ("INPUT.CONTOUR_SAMPLING", ("adaptive", "reference")),
+    ("INPUT.FORMAT", ("RGB", "BGR", "L", "YUV-BT.601")),
+    ("INPUT.RANDOM_FLIP", ("horizontal", "vertical", "none")),
+    (
+        "SOLVER.LR_SCHEDULER_NAME",
+        ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR"),
+    ),
+)
+LSNET_CHOICES = (("MODEL.LSNET.TOWER_CONV", ("dcn", "conv")),)
+CLIP_CHOICES = (("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", ("full_model", "value", "norm")),)
+# What LSNet does not do, and would leave out without a word
+NOT_IN_LSNET = ("MODEL.LSNET.CPV", "TEST.AUG.ENABLED")
+_RESNET_STAGES = 5  # the stem is the first
+_MIN_LEVELS = 3  # that the head samples on
 
 
 def load_config(config_file: str, opts: list[str] = ()) -> CfgNode:
@@ -33,14 +52,20 @@ def load_config(config_file: str, opts: list[str] = ()) -> CfgNode:
         ConfigError: no such file, no YAML, an unknown key, a value of the wrong type, or one that
             :func:`check_config` refuses. The message names the file and the key.
     """
+    cfg = merge_config(config_file, opts)
+    cfg.MODEL.DEVICE = resolve_device(cfg.MODEL.DEVICE)
+    check_config(cfg)
+    return cfg
+
+
+def merge_config(config_file: str, opts: list[str] = ()) -> CfgNode:
+    """As :func:`load_config`, but not checked, with the device as it was given."""
     cfg = get_cfg()
     add_lsnet_config(cfg)
     cfg.MODEL.DEVICE = "auto"
     if config_file:
         _merge_file(cfg, config_file)
     _merge_opts(cfg, list(opts))
-    cfg.MODEL.DEVICE = resolve_device(cfg.MODEL.DEVICE)
-    check_config(cfg)
     return cfg
 
 
@@ -89,6 +114,12 @@ def _keys(cfg: CfgNode, prefix: str = "") -> list[str]:
     return keys
 
 
+def _value(cfg: CfgNode, key: str) -> object:
+    for name in key.split("."):
+        cfg = cfg[name]
+    return cfg
+
+
 def resolve_device(name: str) -> str:
     """The device that ``MODEL.DEVICE`` stands for: "auto" is a GPU where there is one, else cpu.
 
@@ -129,47 +160,34 @@ def check_config(cfg: CfgNode) -> None:
             f"MODEL.META_ARCHITECTURE is {architecture!r}, which is not registered"
             f"{did_you_mean(architecture, known)}"
         )
-    if cfg.MODEL.BACKBONE.NAME not in BACKBONE_REGISTRY:
-        known = [name for name, _ in BACKBONE_REGISTRY]
-        raise ConfigError(
-            f"MODEL.BACKBONE.NAME is {cfg.MODEL.BACKBONE.NAME!r}, which is not registered"
-            f"{did_you_mean(cfg.MODEL.BACKBONE.NAME, known)}"
-        )
     if architecture == "LSNet":
         _check_lsnet(cfg)
+    _check_backbone(cfg)
+    _check_choices(cfg, CHOICES)
+    if cfg.SOLVER.CLIP_GRADIENTS.ENABLED:
+        _check_choices(cfg, CLIP_CHOICES)
+    for key in ("SOLVER.IMS_PER_BATCH", "SOLVER.MAX_ITER", classes_key(cfg)):
+        if _value(cfg, key) < 1:
+            raise ConfigError(f"{key} is {_value(cfg, key)}; it must be 1 or more")
     for key in ("TRAIN", "TEST"):
         for name in cfg.DATASETS[key]:
             if name not in DatasetCatalog:
                 raise ConfigError(
                     f"DATASETS.{key}: data set {name!r} is not registered"
-                    f"{did_you_mean(name, DatasetCatalog.list())}"
+                    f"{did_you_mean(name, DatasetCatalog.list())}; {explain_unregistered(name)}"
                 )
-    for key, value in (
-        ("SOLVER.IMS_PER_BATCH", cfg.SOLVER.IMS_PER_BATCH),
-        ("SOLVER.MAX_ITER", cfg.SOLVER.MAX_ITER),
-    ):
-        if value < 1:
-            raise ConfigError(f"{key} is {value}; it must be at least 1")
-    for key, value, choices in (
-        ("SOLVER.LR_SCHEDULER_NAME", cfg.SOLVER.LR_SCHEDULER_NAME, SCHEDULERS),
-        ("INPUT.FORMAT", cfg.INPUT.FORMAT, ("RGB", "BGR", "L", "YUV-BT.601")),
-        ("INPUT.RANDOM_FLIP", cfg.INPUT.RANDOM_FLIP, ("none", "horizontal", "vertical")),
-        ("DATASETS.INVALID_ANNOTATIONS", cfg.DATASETS.INVALID_ANNOTATIONS, ("error", "drop")),
-        ("INPUT.EXTREME_POINTS", cfg.INPUT.EXTREME_POINTS, ("segmentation", "annotation")),
-        ("INPUT.CONTOUR_SAMPLING", cfg.INPUT.CONTOUR_SAMPLING, ("adaptive", "reference")),
-    ):
-        if value not in choices:
-            raise ConfigError(f"{key} is {value!r}; it must be one of {', '.join(choices)}")
-    clip = cfg.SOLVER.CLIP_GRADIENTS
-    if clip.ENABLED and clip.CLIP_TYPE not in CLIP_TYPES:
-        raise ConfigError(
-            f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is {clip.CLIP_TYPE!r}; it must be one of "
-            f"{', '.join(CLIP_TYPES)}"
-        )
     if cfg.SOLVER.AMP.ENABLED and torch.device(cfg.MODEL.DEVICE).type != "cuda":
         raise ConfigError(
             f"SOLVER.AMP.ENABLED needs a CUDA device, but MODEL.DEVICE is {cfg.MODEL.DEVICE!r}"
         )
+
+
+def _check_choices(cfg: CfgNode, keys: tuple[tuple[str, tuple[str, ...]], ...]) -> None:
+    for key, choices in keys:
+        if _value(cfg, key) not in choices:
+            raise ConfigError(
+                f"{key} is {_value(cfg, key)!r}; it must be one of {', '.join(choices)}"
+            )
 
 
 def _check_lsnet(cfg: CfgNode) -> None:
@@ -177,16 +195,46 @@ def _check_lsnet(cfg: CfgNode) -> None:
         build_branches(cfg)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    node = cfg.MODEL.LSNET
-    if node.TOWER_CONV not in ("dcn", "conv"):
-        raise ConfigError(f"MODEL.LSNET.TOWER_CONV is {node.TOWER_CONV!r}; it must be dcn or conv")
-    if len(node.IN_FEATURES) < 3:
+    _check_choices(cfg, LSNET_CHOICES)
+    for key in NOT_IN_LSNET:
+        if _value(cfg, key):
+            raise ConfigError(f"{key} is True, but LSNet does not have it; set it to False")
+    levels = cfg.MODEL.LSNET.IN_FEATURES
+    if len(levels) < _MIN_LEVELS:
         raise ConfigError(
-            f"MODEL.LSNET.IN_FEATURES is {list(node.IN_FEATURES)}; it must be three maps or more"
+            f"MODEL.LSNET.IN_FEATURES is {list(levels)}; it must list {_MIN_LEVELS} or more maps"
         )
-    for key, on in (("MODEL.LSNET.CPV", node.CPV), ("TEST.AUG.ENABLED", cfg.TEST.AUG.ENABLED)):
-        if on:
-            raise ConfigError(f"{key} is True, which LSNet cannot do yet")
+
+
+def _check_backbone(cfg: CfgNode) -> None:
+    name, freeze_at = cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.FREEZE_AT
+    if name not in BACKBONE_REGISTRY:
+        raise ConfigError(
+            f"MODEL.BACKBONE.NAME is {name!r}, which is not registered"
+            f"{did_you_mean(name, [known for known, _ in BACKBONE_REGISTRY])}"
+        )
+    if "resnet" in name and freeze_at > _RESNET_STAGES:  # would freeze all without a word
+        raise ConfigError(
+            f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}; it must be 0 to {_RESNET_STAGES}"
+        )
+
+
+@contextmanager
+def reporting_config_errors(cfg: CfgNode) -> Iterator[None]:
+    """Turn what the builders of a model raise over a value of the config into a ConfigError."""
+    try:
+        yield
+    except KeyError as error:  # a name that is none of those there
+        keys = [key for key in _keys(cfg) if key.startswith("MODEL.") and _holds(cfg, key, error)]
+        where = " or ".join(keys) or "a key of MODEL"
+        raise ConfigError(f"{where} names {error}, which the model does not have") from error
+    except (AssertionError, ValueError) as error:
+        raise ConfigError(f"cannot build the model of the config: {error}") from error
+
+
+def _holds(cfg: CfgNode, key: str, error: KeyError) -> bool:
+    value = _value(cfg, key)
+    return error.args[0] in (value if isinstance(value, (list, tuple)) else [value])
 
 
 def classes_key(cfg: CfgNode) -> str:

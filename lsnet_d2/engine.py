@@ -1,7 +1,6 @@
 """The trainer: Detectron2's, with our mapper, checks, checkpoints and gradient clipping."""
 
 import argparse
-import json
 import logging
 import os
 import weakref
@@ -13,6 +12,7 @@ from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetCatalog,
     DatasetMapper,
+    MetadataCatalog,
     build_detection_test_loader,
     build_detection_train_loader,
     get_detection_dataset_dicts,
@@ -32,8 +32,9 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from .checkpointer import LSNetCheckpointer
-from .config_file import classes_key, load_config, num_classes
-from .data.annotation_checks import check_dataset_dicts, check_image_files, name_datasets
+from .config_file import classes_key, load_config, num_classes, reporting_config_errors
+from .data.annotation_checks import check_dataset_dicts
+from .data.coco_json import read_coco_json
 from .data.dataset_mapper import LSNetDatasetMapper
 from .errors import ConfigError, UserError
 from .evaluation import build_evaluator
@@ -74,33 +75,38 @@ def build_mapper(cfg: CfgNode, is_train: bool) -> Callable[[dict], dict | None]:
 @contextmanager
 def reporting_data_errors(names: list[str]) -> Iterator[None]:
     """Turn what reading a registered data set raises into a UserError that names it."""
-    where = name_datasets(names)
+    where = f"data set {', '.join(names)}"
     try:
         yield
-    except UserError:
+    except UserError:  # our own loaders have said it
         raise
-    except FileNotFoundError as error:
-        root = os.getenv("DETECTRON2_DATASETS", "datasets")
-        raise UserError(
-            f"{where}: no such file: {error.filename or error} (DETECTRON2_DATASETS is {root})"
-        ) from error
     except OSError as error:
-        raise UserError(f"{where}: {error}") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: the annotation file is not complete JSON: {error}") from error
-    except KeyError as error:
-        message = str(error.args[0])  # Detectron2 writes sentences, Python the key alone
-        said = message if " " in message else f"{message!r} is missing or unknown"
-        raise UserError(f"{where}: {said}") from error
-    except (AssertionError, ValueError) as error:
-        raise UserError(f"{where}: {error}") from error
+        root = os.getenv("DETECTRON2_DATASETS", "datasets")
+        reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        raise UserError(f"{where}: {reason} (DETECTRON2_DATASETS is {root})") from error
+    except Exception as error:  # Detectron2's loaders do not say which file or entry it was
+        for name in filter(_has_loader_of_detectron2, names):
+            try:
+                read_coco_json(MetadataCatalog.get(name).json_file)
+            except UserError as problem:
+                raise UserError(f"data set {name}: {problem}") from error
+        if isinstance(error, (AssertionError, LookupError, ValueError)):
+            raise UserError(f"{where}: {type(error).__name__}: {error}") from error
+        raise
+
+
+def _has_loader_of_detectron2(name: str) -> bool:
+    """Whether a data set is a COCO file that Detectron2 loads by itself."""
+    if name not in DatasetCatalog or MetadataCatalog.get(name).get("json_file") is None:
+        return False
+    return getattr(DatasetCatalog[name], "__module__", "").startswith("detectron2.")
 
 
 def load_training_data(cfg: CfgNode) -> list[dict]:
     """The dataset dicts of ``DATASETS.TRAIN``, filtered as Detectron2 does it, and checked.
 
     Raises:
-        UserError: a file is missing or broken.
+        UserError: a file is missing or broken, or no object is left to learn.
         AnnotationError: see :func:`lsnet_d2.data.annotation_checks.check_dataset_dicts`.
     """
     names = list(cfg.DATASETS.TRAIN)
@@ -115,7 +121,7 @@ def load_training_data(cfg: CfgNode) -> list[dict]:
             else 0,
             proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
         )
-    dicts = check_dataset_dicts(
+    checked = check_dataset_dicts(
         dicts,
         num_classes=num_classes(cfg),
         dataset_name=names,
@@ -123,24 +129,33 @@ def load_training_data(cfg: CfgNode) -> list[dict]:
         on_invalid=cfg.DATASETS.INVALID_ANNOTATIONS,
         need_extreme_points=cfg.INPUT.EXTREME_POINTS == "annotation",
     )
-    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:  # some may have lost their last object
-        dicts = filter_images_with_only_crowd_annotations(dicts)
-    if not dicts:
-        raise UserError(f"data set {', '.join(names)}: no image to learn from")
-    return dicts
+    if checked is dicts:
+        return dicts
+    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+        checked = filter_images_with_only_crowd_annotations(checked)
+    if not any(record["annotations"] for record in checked):
+        raise UserError(
+            f"data set {', '.join(names)}: no annotation is left without those that were dropped "
+            "(DATASETS.INVALID_ANNOTATIONS is 'drop')"
+        )
+    return checked
 
 
-def check_test_data(cfg: CfgNode) -> None:
-    """Find before training what would fail when ``DATASETS.TEST`` are evaluated after it.
+def check_test_data(cfg: CfgNode, name: str) -> None:
+    """Find what would stop the evaluation on a data set, before hours of training.
 
     Raises:
-        UserError: a file is missing or broken, or a data set does not fit the config.
+        UserError: a file of annotations is missing or broken.
+        AnnotationError: the number of classes is not the config's, or image files are missing.
     """
-    for name in cfg.DATASETS.TEST:
-        with reporting_data_errors([name]):
-            dicts = DatasetCatalog.get(name)
-        check_image_files(dicts, name)
-        build_evaluator(cfg, name)
+    with reporting_data_errors([name]):
+        dicts = get_detection_dataset_dicts([name], filter_empty=False)
+    check_dataset_dicts(
+        [{"file_name": record["file_name"]} for record in dicts],
+        num_classes=num_classes(cfg),
+        dataset_name=name,
+        num_classes_key=classes_key(cfg),
+    )
 
 
 def clip_whole_gradient(
@@ -162,9 +177,10 @@ def clip_whole_gradient(
 class LSNetTrainer(DefaultTrainer):
     """Trains LSNet and Detectron2's own meta-architectures, on GPUs or CPUs.
 
-    What differs from :class:`DefaultTrainer`: annotations are checked before training; the
-    checkpointer is :class:`LSNetCheckpointer`; gradients can be clipped as a whole
-    (``SOLVER.CLIP_GRADIENTS.CLIP_TYPE: "full_model"``); several processes work on CPUs too.
+    What differs from :class:`DefaultTrainer`: annotations, and the data and the evaluator of each
+    test set, are checked before training; the checkpointer is :class:`LSNetCheckpointer`;
+    gradients can be clipped as a whole (``SOLVER.CLIP_GRADIENTS.CLIP_TYPE: "full_model"``);
+    several processes work on CPUs too.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -181,7 +197,9 @@ class LSNetTrainer(DefaultTrainer):
                 f"the number of processes, {comm.get_world_size()}"
             )
         data_loader = self.build_train_loader(cfg)
-        check_test_data(cfg)
+        for name in cfg.DATASETS.TEST:
+            check_test_data(cfg, name)
+            self.build_evaluator(cfg, name)
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         model = wrap_distributed(model)
@@ -210,15 +228,10 @@ class LSNetTrainer(DefaultTrainer):
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """
         Raises:
-            ConfigError: the config describes no model that can be built.
+            ConfigError: the builders refuse the config.
         """
-        try:
+        with reporting_config_errors(cfg):
             return super().build_model(cfg)
-        except (AssertionError, KeyError, ValueError) as error:
-            raise ConfigError(
-                f"MODEL: {cfg.MODEL.META_ARCHITECTURE} cannot be built: "
-                f"{type(error).__name__}: {error}"
-            ) from error
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
@@ -238,7 +251,8 @@ class LSNetTrainer(DefaultTrainer):
         folder = os.path.join(cfg.OUTPUT_DIR, "inference")
         if len(cfg.DATASETS.TEST) > 1:
             folder = os.path.join(folder, dataset_name)
-        return build_evaluator(cfg, dataset_name, folder)
+        with reporting_data_errors([dataset_name]):
+            return build_evaluator(cfg, dataset_name, folder)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

@@ -1,4 +1,4 @@
-"""A COCO data set of a few small images, and a small RetinaNet that trains on it in seconds."""
+"""A COCO data set of a few small images, and small detectors that train on it in seconds."""
 
 import json
 import os
@@ -14,12 +14,10 @@ ROOT = Path(__file__).resolve().parent.parent
 SIZE = (48, 64)  # height, width
 SPLITS = {"train": 4, "val": 2}
 
-CONFIG = """
+BASE = """
 MODEL:
-  META_ARCHITECTURE: "RetinaNet"
   WEIGHTS: ""
   BACKBONE:
-    NAME: "build_retinanet_resnet_fpn_backbone"
     FREEZE_AT: 0
   RESNETS:
     DEPTH: 50
@@ -30,12 +28,6 @@ MODEL:
     NORM: "BN"
   FPN:
     IN_FEATURES: ["res3", "res4", "res5"]
-    OUT_CHANNELS: 16
-  ANCHOR_GENERATOR:
-    SIZES: [[16], [32], [64], [128], [256]]
-  RETINANET:
-    NUM_CLASSES: 80
-    NUM_CONVS: 1
 INPUT:
   MIN_SIZE_TRAIN: [48]
   MIN_SIZE_TEST: 48
@@ -58,10 +50,40 @@ SEED: 1
 VERSION: 2
 """
 
+CONFIGS = {
+    "RetinaNet": """
+_BASE_: "base.yaml"
+MODEL:
+  META_ARCHITECTURE: "RetinaNet"
+  BACKBONE:
+    NAME: "build_retinanet_resnet_fpn_backbone"
+  FPN:
+    OUT_CHANNELS: 16
+  ANCHOR_GENERATOR:
+    SIZES: [[16], [32], [64], [128], [256]]
+  RETINANET:
+    NUM_CLASSES: 80
+    NUM_CONVS: 1
+""",
+    "LSNet": """
+_BASE_: "base.yaml"
+MODEL:
+  META_ARCHITECTURE: "LSNet"
+  BACKBONE:
+    NAME: "build_lsnet_resnet_fpn_backbone"
+  FPN:
+    OUT_CHANNELS: 64
+    NORM: "GN"
+  LSNET:
+    NUM_CONVS: 1
+""",
+}
 
-def write_config(folder: Path) -> Path:
+
+def write_config(folder: Path, architecture: str = "RetinaNet") -> Path:
+    (Path(folder) / "base.yaml").write_text(BASE)
     path = Path(folder) / "tiny.yaml"
-    path.write_text(CONFIG)
+    path.write_text(CONFIGS[architecture])
     return path
 
 

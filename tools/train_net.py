@@ -8,12 +8,13 @@ import torch
 from detectron2.engine import default_argument_parser, launch
 
 import lsnet_d2  # noqa: F401  (registers the model, the backbones and the data sets)
-from lsnet_d2.config_file import load_config
+from lsnet_d2.config_file import load_config, merge_config
+from lsnet_d2.data.annotation_checks import AnnotationError
 from lsnet_d2.engine import LSNetTrainer, evaluate, setup
 from lsnet_d2.errors import ConfigError, UserError, exit_on_user_error
 
 
-@exit_on_user_error()
+@exit_on_user_error(AnnotationError)
 def run(args: argparse.Namespace) -> None:
     """What each process does."""
     cfg = setup(args)
@@ -30,6 +31,7 @@ def check_processes(args: argparse.Namespace) -> None:
     if not args.config_file:
         raise ConfigError("give a --config-file")
     device = torch.device(load_config(args.config_file, args.opts).MODEL.DEVICE)
+    asked_for = merge_config(args.config_file, args.opts).MODEL.DEVICE
     if args.num_gpus < 1 or args.num_machines < 1:
         raise ConfigError("--num-gpus and --num-machines count processes: give 1 or more")
     if device.type == "cuda" and args.num_gpus > torch.cuda.device_count():
@@ -37,14 +39,15 @@ def check_processes(args: argparse.Namespace) -> None:
             f"--num-gpus is {args.num_gpus}, but there are {torch.cuda.device_count()} here"
         )
     several = args.num_gpus * args.num_machines > 1
+    if several and device.type != "cuda" and asked_for == "auto":
+        raise ConfigError(
+            f"--num-gpus is {args.num_gpus}, but there is no GPU here; for several processes on "
+            "the CPU set MODEL.DEVICE cpu"
+        )
     if several and device.index is not None:
         raise ConfigError(
-            f"MODEL.DEVICE is {device}, but several processes need one each: use cuda"
-        )
-    if args.num_gpus > 1 and device.type != "cuda" and "MODEL.DEVICE" not in args.opts:
-        raise ConfigError(
-            f"--num-gpus is {args.num_gpus}, but there is no GPU here; with MODEL.DEVICE cpu it is "
-            "the number of processes"
+            f"MODEL.DEVICE is {asked_for!r}, but each process takes a GPU of its own: set it to "
+            f"{device.type!r}, and choose GPUs with CUDA_VISIBLE_DEVICES"
         )
     if several and device.type != "cuda" and torch.cuda.is_available():
         raise ConfigError(
@@ -52,7 +55,7 @@ def check_processes(args: argparse.Namespace) -> None:
         )
 
 
-@exit_on_user_error()
+@exit_on_user_error(AnnotationError)
 def main() -> None:
     args = default_argument_parser().parse_args()
     check_processes(args)
@@ -66,11 +69,13 @@ def main() -> None:
             args=(args,),
         )
     except torch.multiprocessing.ProcessExitedException as error:
-        if error.signal_name:  # else the process has said why
-            raise UserError(
-                f"process {error.error_index} was ended by {error.signal_name} (out of memory?)"
-            ) from error
-        sys.exit(error.exit_code)
+        if error.signal_name is None:
+            sys.exit(error.exit_code)  # the process has said why
+        hint = " (out of memory?)" if error.signal_name == "SIGKILL" else ""
+        raise UserError(
+            f"process {error.error_index} was ended by {error.signal_name}{hint}; --resume goes "
+            "on from the last checkpoint"
+        ) from error
 
 
 if __name__ == "__main__":

@@ -44,7 +44,8 @@ def check_dataset_dicts(
         dataset_name: name or names of the data sets that the dicts come from.
         num_classes_key: the config's key of ``num_classes``, for the message.
         on_invalid: what to do about annotations with an invalid box: "error", or "drop" them and
-            log how many there are. The COCO 2017 training set has a few without a height.
+            log the first few and their number. The COCO 2017 training set has a few without a
+            height.
         need_extreme_points: objects with a segmentation must have the key "extreme_points" too.
 
     Returns:
@@ -70,19 +71,14 @@ def check_dataset_dicts(
     annotations = [a for record in dataset_dicts for a in record.get("annotations", ())]
     invalid_boxes = dict(_box_problems(dataset_dicts, places, annotations))
     if invalid_boxes and on_invalid == "drop":
-        named = [
-            f"{name_annotation(dataset_dicts[places[i][0]], places[i][1])}: {invalid_boxes[i]}"
-            for i in sorted(invalid_boxes)[:MAX_LISTED]
-        ]
         logger.warning(
-            "%s: %d annotations with invalid boxes dropped:\n  %s%s",
+            "%s: %d annotations with invalid boxes dropped:\n%s",
             where,
             len(invalid_boxes),
-            "\n  ".join(named),
-            "\n  ..." if len(invalid_boxes) > MAX_LISTED else "",
+            "\n".join(
+                _first_few(_describe(names, dataset_dicts, places, annotations, invalid_boxes))
+            ),
         )
-        if len(invalid_boxes) == len(annotations):
-            raise AnnotationError(f"{where}: no annotation has a valid box")
         dataset_dicts = _without(dataset_dicts, [places[i] for i in invalid_boxes])
         return check_dataset_dicts(
             dataset_dicts,
@@ -99,13 +95,9 @@ def check_dataset_dicts(
         if text:
             problems.setdefault(index, text)
     if problems:
-        ids = _ids_in_files(names) if any("id" not in annotations[i] for i in problems) else {}
         raise_problems(
             where,
-            [
-                f"{name_annotation(dataset_dicts[places[i][0]], places[i][1], ids)}: {problems[i]}"
-                for i in sorted(problems)
-            ],
+            _describe(names, dataset_dicts, places, annotations, problems),
             hint="Correct the boxes, or set DATASETS.INVALID_ANNOTATIONS to 'drop'."
             if invalid_boxes
             else "",
@@ -143,11 +135,32 @@ def raise_problems(where: str, problems: Sequence[str], hint: str = "") -> None:
     """
     if not problems:
         return
+    listed = _first_few(problems)
+    count = "a problem" if len(problems) == 1 else f"{len(problems)} problems"
+    raise AnnotationError("\n".join([f"{where}: {count}:", *listed, *([hint] if hint else [])]))
+
+
+def _first_few(problems: Sequence[str]) -> list[str]:
+    """Lines of a message."""
     listed = [f"  {problem}" for problem in problems[:MAX_LISTED]]
     if len(problems) > MAX_LISTED:
         listed.append(f"  ... and {len(problems) - MAX_LISTED} more")
-    count = "a problem" if len(problems) == 1 else f"{len(problems)} problems"
-    raise AnnotationError("\n".join([f"{where}: {count}:", *listed, *([hint] if hint else [])]))
+    return listed
+
+
+def _describe(
+    names: Sequence[str],
+    dataset_dicts: Sequence[dict],
+    places: Sequence[tuple[int, int]],
+    annotations: Sequence[dict],
+    problems: dict[int, str],
+) -> list[str]:
+    """Each annotation, and its problem by position in ``annotations``, for a message."""
+    ids = _ids_in_files(names) if any("id" not in annotations[i] for i in problems) else {}
+    return [
+        f"{name_annotation(dataset_dicts[places[i][0]], places[i][1], ids)}: {problems[i]}"
+        for i in sorted(problems)
+    ]
 
 
 def name_datasets(names: Sequence[str]) -> str:

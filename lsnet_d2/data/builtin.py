@@ -3,6 +3,7 @@
 Nothing is read or made at import: that happens when ``DatasetCatalog.get`` asks for a data set.
 """
 
+import logging
 import os
 from pathlib import Path
 
@@ -19,6 +20,10 @@ from .shapes_objects import (
     KEYPOINT_OKS_SIGMAS,
 )
 
+logger = logging.getLogger(__name__)
+
+_LAYOUT = "{name}/annotations/instances_{split}.json with images in {name}/{split}/"
+
 
 def _data_folder(root: str | os.PathLike | None) -> str:
     root = os.getenv("DETECTRON2_DATASETS", "datasets") if root is None else root
@@ -31,7 +36,7 @@ def register_folders(root: str | os.PathLike | None = None) -> list[str]:
     ``{name}/annotations/instances_{split}.json`` with images in ``{name}/{split}/``, or where
     there is no such folder in ``{name}/images/``, becomes ``{name}_{split}``, and
     ``person_keypoints_{split}.json`` becomes ``{name}_keypoints_{split}``. Names that are
-    registered stay as they are.
+    registered stay as they are, with a warning where they stand for other files.
 
     Args:
         root: the folder; None: ``$DETECTRON2_DATASETS``, or "datasets".
@@ -47,10 +52,36 @@ def register_folders(root: str | os.PathLike | None = None) -> list[str]:
             folder, split = json_file.parents[1], json_file.stem.removeprefix(prefix)
             images = next((p for p in (folder / split, folder / "images") if p.is_dir()), None)
             name = folder.name + kind + split
-            if images and name not in DatasetCatalog.list():
+            if images is None:
+                continue
+            if name not in DatasetCatalog.list():
                 register_lsnet_instances(name, json_file, images)
                 names.append(name)
+            elif MetadataCatalog.get(name).get("json_file") != str(json_file):
+                logger.warning(
+                    "%s is not registered: the name %s stands for another data set (%s); "
+                    "rename the folder",
+                    json_file,
+                    name,
+                    MetadataCatalog.get(name).get("json_file"),
+                )
     return names
+
+
+def explain_unregistered(name: str, root: str | os.PathLike | None = None) -> str:
+    """Why :func:`register_folders` did not register a name: what is missing, and where."""
+    root = Path(_data_folder(root))
+    folders = sorted(path for path in root.glob("*") if path.is_dir())
+    for folder in folders:
+        split = name.removeprefix(f"{folder.name}_")
+        if split == name:
+            continue
+        json_file = folder / "annotations" / f"instances_{split}.json"
+        if not json_file.is_file():
+            return f"there is no annotation file {json_file}"
+        if not (folder / split).is_dir() and not (folder / "images").is_dir():
+            return f"there is no folder of images {folder / split}"
+    return f"no folder below {root} (DETECTRON2_DATASETS) has it as {_LAYOUT}"
 
 
 def register_shapes(

@@ -1,9 +1,10 @@
 import json
+import logging
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from lsnet_d2.data.builtin import register_folders
+from lsnet_d2.data.builtin import explain_unregistered, register_folders
 
 
 @pytest.fixture
@@ -33,14 +34,36 @@ def folders(tmp_path):
         MetadataCatalog.remove(name)
 
 
-def test_folders_in_cocos_layout_are_registered(folders):
+def test_folders_in_cocos_layout_are_registered(folders, caplog):
     assert register_folders(folders) == ["fruits_train"]
     assert register_folders(folders) == []  # it is there already
+    assert not caplog.text
     (record,) = DatasetCatalog.get("fruits_train")
     assert record["file_name"] == str(folders / "fruits" / "train" / "a.jpg")
     (annotation,) = record["annotations"]
     assert annotation["category_id"] == 1 and len(annotation["extreme_points"]) == 8
     assert MetadataCatalog.get("fruits_train").thing_classes == ["date", "nut"]
+
+
+def test_what_a_folder_lacks_is_named(folders, monkeypatch):
+    fruits = folders / "fruits"
+    assert explain_unregistered("fruits_other", folders).endswith(f"images {fruits / 'other'}")
+    assert explain_unregistered("fruits_val", folders).endswith(
+        f"annotation file {fruits / 'annotations' / 'instances_val.json'}"
+    )
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(folders))
+    text = explain_unregistered("nuts_val")
+    assert str(folders) in text and "{name}/annotations/instances_{split}.json" in text
+
+
+def test_a_name_of_another_data_set_is_not_taken_in_silence(folders, caplog):
+    (folders / "fruits").rename(folders / "coco_2017")
+    before = MetadataCatalog.get("coco_2017_train").json_file
+    with caplog.at_level(logging.WARNING, logger="lsnet_d2"):
+        assert register_folders(folders) == []
+    assert "name coco_2017_train stands for another data set" in caplog.text
+    assert str(folders / "coco_2017" / "annotations" / "instances_train.json") in caplog.text
+    assert MetadataCatalog.get("coco_2017_train").json_file == before
 
 
 def test_a_folder_that_is_not_there(tmp_path):

@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import signal
 import subprocess
@@ -7,7 +8,15 @@ import time
 import pytest
 import tiny_coco
 import torch
+from detectron2.engine import default_argument_parser
 from tiny_coco import run_tool
+
+from lsnet_d2.errors import ConfigError
+
+TOOL = tiny_coco.ROOT / "tools" / "train_net.py"
+spec = importlib.util.spec_from_file_location("train_net", TOOL)
+train_net = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(train_net)
 
 
 @pytest.fixture
@@ -15,12 +24,12 @@ def data(tmp_path):
     return tiny_coco.write_coco(tmp_path)
 
 
-def train(data, *args, opts=()):
+def train(data, *args, opts=(), architecture="RetinaNet"):
     return run_tool(
         "train_net.py",
         # fmt: off
         "--config-file",
-        tiny_coco.write_config(data),
+        tiny_coco.write_config(data, architecture),
         *args,
         "OUTPUT_DIR",
         data / "output",
@@ -73,12 +82,56 @@ def test_missing_annotations(data):
     assert_user_error(train(data), "instances_train2017.json", "DETECTRON2_DATASETS")
 
 
-def test_killed_training_resumes(data):
+def check_processes(data, *args):
+    parser = default_argument_parser()
+    config = str(tiny_coco.write_config(data))
+    train_net.check_processes(parser.parse_args(["--config-file", config, *args]))
+
+
+def test_processes_need_gpus_of_their_own(data, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    check_processes(data, "--num-gpus", "1")
+    check_processes(data, "--num-gpus", "8", "MODEL.DEVICE", "cpu")
+    with pytest.raises(ConfigError, match="--num-gpus is 8, but there is no GPU"):
+        check_processes(data, "--num-gpus", "8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    check_processes(data, "--num-gpus", "2")
+    check_processes(data, "MODEL.DEVICE", "cuda:1")
+    with pytest.raises(ConfigError, match="MODEL.DEVICE is 'cuda:1', .*set it to 'cuda'"):
+        check_processes(data, "--num-gpus", "2", "MODEL.DEVICE", "cuda:1")
+    with pytest.raises(ConfigError, match="--num-gpus is 3, but there are 2"):
+        check_processes(data, "--num-gpus", "3")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("SIGKILL", "error: process 1 was ended by SIGKILL (out of memory?);"),
+        ("SIGSEGV", "error: process 1 was ended by SIGSEGV;"),
+    ],
+)
+def test_a_process_that_a_signal_ends_is_named(data, monkeypatch, capsys, name, text):
+    def launch(*args, **kwargs):
+        raise torch.multiprocessing.ProcessExitedException("", 1, 99, -9, name)
+
+    monkeypatch.setattr(train_net, "launch", launch)
+    config = str(tiny_coco.write_config(data))
+    monkeypatch.setattr("sys.argv", ["train_net.py", "--config-file", config])
+    with pytest.raises(SystemExit) as exit_info:
+        train_net.main()
+    assert exit_info.value.code == 2
+    assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("architecture", tiny_coco.CONFIGS)
+def test_killed_training_resumes(data, architecture):
     """SIGKILL at a random moment; the second run goes on from a whole checkpoint."""
     args = [
         # fmt: off
         "--config-file",
-        tiny_coco.write_config(data),
+        tiny_coco.write_config(data, architecture),
         "OUTPUT_DIR",
         data / "output",
         "SOLVER.CHECKPOINT_PERIOD",
@@ -87,9 +140,8 @@ def test_killed_training_resumes(data):
         "cpu",
         # fmt: on
     ]
-    tool = tiny_coco.ROOT / "tools" / "train_net.py"
     process = subprocess.Popen(
-        [sys.executable, *map(str, [tool, *args, "SOLVER.MAX_ITER", 100000])],
+        [sys.executable, *map(str, [TOOL, *args, "SOLVER.MAX_ITER", 100000])],
         env=tiny_coco.tool_environment(data),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
