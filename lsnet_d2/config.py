@@ -26,6 +26,8 @@ def add_lsnet_config(cfg: CN) -> None:
     # Keypoints of a pose (branch "keypoint"); their names, flip pairs and skeleton are those of
     # the data set.
     cfg.MODEL.LSNET.NUM_KEYPOINTS = 17
+    # Classes (from 0) that have keypoints; those of other objects get the score 0. Empty: all.
+    cfg.MODEL.LSNET.KEYPOINT_CLASSES = []
 
     # --- head
     # Convolutions of the towers: "dcn" (modulated deformable, as in the paper) or "conv" (faster).

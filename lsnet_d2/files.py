@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from .errors import UserError
+
 PARTIAL_SUFFIX = ".partial"
 
 
@@ -40,3 +42,18 @@ def remove_partial_files(folder: str | os.PathLike) -> list[str]:
     for file in leftovers:
         file.unlink(missing_ok=True)
     return [file.name for file in leftovers]
+
+
+def require_new_file(path: str, *, overwrite: bool = False) -> None:
+    """Find before the work is done whether its result can be written.
+
+    Raises:
+        UserError: there is such a file and it is not to be replaced, or no folder for it.
+    """
+    if os.path.isdir(path):
+        raise UserError(f"{path} is a folder")
+    if os.path.exists(path) and not overwrite:
+        raise UserError(f"{path} exists: give --overwrite to replace it")
+    folder = os.path.dirname(path)
+    if not os.path.isdir(folder or "."):
+        raise UserError(f"{path}: no such folder: {folder}")

@@ -447,3 +447,22 @@ def test_side_by_side():
     picture = side_by_side(make_image(), make_image())
     assert picture.shape == (200, 240 + 4 + 240, 3)
     assert (picture[:, 240:244] == 255).all()
+
+
+def test_extreme_points_as_gen_coco_lsvr_writes_them():
+    """Ten numbers, of which the last two are the centre."""
+    annotation = {
+        "bbox": [20, 10, 40, 40],
+        "bbox_mode": BoxMode.XYWH_ABS,
+        "category_id": 0,
+        "extreme_points": [30, 10, 20, 25, 45, 50, 60, 35, 40, 30],
+    }
+    image = np.zeros((60, 100, 3), dtype=np.uint8)
+    record = {"annotations": [annotation], "file_name": "a.jpg"}
+    drawn = LSNetVisualizer(image).draw_dataset_dict(record).get_image()
+    flat = {**annotation, "extreme_points": annotation["extreme_points"][:8]}
+    expected = LSNetVisualizer(image).draw_dataset_dict({**record, "annotations": [flat]})
+    assert drawn.any() and np.array_equal(drawn, expected.get_image())
+    annotation["extreme_points"] = [1, 2, 3]
+    with pytest.raises(AnnotationError, match="annotation number 0 of image a.jpg"):
+        LSNetVisualizer(image).draw_dataset_dict(record)

@@ -7,14 +7,13 @@ the segmentation as it is after augmentation.
 
 import argparse
 import json
-import os
 
 from tqdm import tqdm
 
 from lsnet_d2.data.annotation_checks import raise_problems
 from lsnet_d2.data.coco_json import coco_extreme_points, read_coco_json
-from lsnet_d2.errors import UserError, exit_on_user_error
-from lsnet_d2.files import atomic_write
+from lsnet_d2.errors import exit_on_user_error
+from lsnet_d2.files import atomic_write, require_new_file
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -57,10 +56,7 @@ def add_extreme_points(data: dict, where: str, masks: str) -> int:
 @exit_on_user_error()
 def main() -> None:
     args = get_parser().parse_args()
-    if os.path.exists(args.output) and not args.overwrite:
-        raise UserError(f"{args.output} exists: give --overwrite to replace it")
-    if not os.path.isdir(os.path.dirname(args.output) or "."):
-        raise UserError(f"{args.output}: no such folder: {os.path.dirname(args.output)}")
+    require_new_file(args.output, overwrite=args.overwrite)
     data = read_coco_json(args.input)
     without = add_extreme_points(data, args.input, args.masks)
     with atomic_write(args.output, "w") as file:

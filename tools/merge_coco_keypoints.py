@@ -7,12 +7,11 @@ boxes and masks of all: $DETECTRON2_DATASETS/coco/annotations/joint_{train,val}2
 
 import argparse
 import json
-import os
 
 from lsnet_d2.data.annotation_checks import AnnotationError
 from lsnet_d2.data.coco_json import read_coco_json
 from lsnet_d2.errors import UserError, exit_on_user_error
-from lsnet_d2.files import atomic_write
+from lsnet_d2.files import atomic_write, require_new_file
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -65,10 +64,7 @@ def merge_keypoints(instances: dict, keypoints: dict) -> int:
 @exit_on_user_error()
 def main() -> None:
     args = get_parser().parse_args()
-    if os.path.exists(args.output) and not args.overwrite:
-        raise UserError(f"{args.output} exists: give --overwrite to replace it")
-    if not os.path.isdir(os.path.dirname(args.output) or "."):
-        raise UserError(f"{args.output}: no such folder: {os.path.dirname(args.output)}")
+    require_new_file(args.output, overwrite=args.overwrite)
     instances = read_coco_json(args.instances)
     try:
         count = merge_keypoints(instances, read_coco_json(args.keypoints))

@@ -8,6 +8,7 @@ x, y in pixels of the network's input image, unless said otherwise.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -311,7 +312,8 @@ class KeypointBranch(LandmarkBranch):
     labelled), 1 (hidden) or 2; the latter two are learned alike. From an object without labelled
     keypoints the branch learns nothing, or where its centre is.
 
-    ``pred_keypoints`` is (N, K, 3): x, y, and the score of the detection.
+    ``pred_keypoints`` is (N, K, 3): x, y, and the score of the detection; 0 for one of a class that
+    has no keypoints.
     """
 
     name = "pose"
@@ -320,11 +322,17 @@ class KeypointBranch(LandmarkBranch):
     _SAMPLING = {17: [1, 3, 5, 7, 9, 11, 13, 15]}
 
     def __init__(
-        self, *, num_keypoints: int = 17, train_unlabelled: bool = False, **kwargs: Any
+        self,
+        *,
+        num_keypoints: int = 17,
+        classes: Sequence[int] = (),
+        train_unlabelled: bool = False,
+        **kwargs: Any,
     ) -> None:
         """
         Args:
             num_keypoints: K, at least 1.
+            classes: that have keypoints; none given: all.
             train_unlabelled: whether an object without labelled keypoints trains the vector to
                 its centre, as in the released code. It needs another branch to give its box.
 
@@ -335,12 +343,14 @@ class KeypointBranch(LandmarkBranch):
             raise ValueError(f"MODEL.LSNET.NUM_KEYPOINTS is {num_keypoints}; it must be positive")
         sampling = self._SAMPLING.get(num_keypoints, spread_indices(num_keypoints, 8))
         super().__init__(num_landmarks=num_keypoints, sampling_landmarks=sampling, **kwargs)
+        self.classes = list(classes)
         self.train_unlabelled = train_unlabelled
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         return {
             "num_keypoints": cfg.MODEL.LSNET.NUM_KEYPOINTS,
+            "classes": cfg.MODEL.LSNET.KEYPOINT_CLASSES,
             "train_unlabelled": cfg.MODEL.LSNET.TRAIN_UNLABELLED_POSES,
         }
 
@@ -370,7 +380,13 @@ class KeypointBranch(LandmarkBranch):
 
     def _enter(self, instances: Instances, places: Tensor) -> None:
         places = clip_points(places, instances.image_size)
-        scores = instances.scores[:, None, None].expand(-1, self.num_landmarks, 1)
+        scores = instances.scores
+        if self.classes:
+            has_keypoints = torch.isin(
+                instances.pred_classes, instances.pred_classes.new_tensor(self.classes)
+            )
+            scores = scores * has_keypoints
+        scores = scores[:, None, None].expand(-1, self.num_landmarks, 1)
         instances.set(self.pred_field, torch.cat([places, scores.to(places)], dim=2))
 
 

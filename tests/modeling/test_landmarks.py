@@ -177,6 +177,13 @@ class TestKeypointBranch:
         branch.rescale_predictions(instances, (0.5, 0.5))
         assert instances.pred_keypoints[0, :, :2].tolist() == [[10, 0], [50, 14]]
 
+    def test_keypoints_of_classes_without_any_score_nothing(self):
+        branch = KeypointBranch(num_keypoints=2, classes=[1])
+        scores, classes = torch.tensor([0.7, 0.6]), torch.tensor([0, 1])
+        instances = Instances((50, 100), scores=scores, pred_classes=classes)
+        branch.add_predictions(instances, torch.zeros(2, 2, 2))
+        assert instances.pred_keypoints[..., 2].tolist() == [[0, 0], pytest.approx([0.6, 0.6])]
+
     def test_needs_a_keypoint(self):
         with pytest.raises(ValueError, match="NUM_KEYPOINTS is 0"):
             KeypointBranch(num_keypoints=0)
