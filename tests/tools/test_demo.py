@@ -70,7 +70,7 @@ def test_folder_with_a_broken_image(folder):
         *["--contours", "outlined", "--keypoint-threshold", 0.3],
     )
     assert result.returncode == 1
-    assert "broken.jpg: not a readable image" in result.stdout
+    assert "broken.jpg: not a complete image file" in result.stdout
     assert "1 of 3 images could not be read" in result.stdout
     assert sorted(p.name for p in output.iterdir()) == ["a.jpg", "b.png"]
     with Image.open(output / "b.png") as picture:
