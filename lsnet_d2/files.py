@@ -57,3 +57,16 @@ def require_new_file(path: str, *, overwrite: bool = False) -> None:
     folder = os.path.dirname(path)
     if not os.path.isdir(folder or "."):
         raise UserError(f"{path}: no such folder: {folder}")
+
+
+def make_folder(path: str | os.PathLike) -> Path:
+    """The folder, made if there is none.
+
+    Raises:
+        UserError: a file is in the way, or it cannot be made.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot make this folder: {error.strerror}") from error
+    return Path(path)

@@ -28,7 +28,7 @@ from lsnet_d2.checkpointer import LSNetCheckpointer
 from lsnet_d2.config_file import load_config
 from lsnet_d2.data.images import ImageError, read_image
 from lsnet_d2.errors import UserError, exit_on_user_error
-from lsnet_d2.files import atomic_write
+from lsnet_d2.files import atomic_write, make_folder
 from lsnet_d2.tracking import Tracker
 from lsnet_d2.visualizer import CONTOUR_STYLES, LSNetVisualizer
 
@@ -193,7 +193,7 @@ def run_on_images(detector: Detector, patterns: list[str], output: str | None) -
             if not show(picture, wait=True):
                 break
             continue
-        plan[path].parent.mkdir(parents=True, exist_ok=True)
+        make_folder(plan[path].parent)
         with atomic_write(plan[path]) as file:
             Image.fromarray(picture).save(
                 file, format=WRITTEN_SUFFIXES[plan[path].suffix.lower()], quality=95
@@ -226,7 +226,7 @@ def run_on_video(detector: Detector, source: str | int, output: str | None) -> N
             target = target / f"{stem}.mp4"
         if not isinstance(source, int) and target.resolve() == Path(source).resolve():
             raise UserError(f"--output would overwrite the input {target}")
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(target.parent)
         # the container is chosen by the suffix
         partial = target.with_name(f".partial-{target.name}")
     count = 0

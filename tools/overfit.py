@@ -16,7 +16,7 @@ from lsnet_d2.config_file import classes_key, load_config
 from lsnet_d2.data.coco_json import read_coco_json, register_lsnet_instances
 from lsnet_d2.engine import LSNetTrainer
 from lsnet_d2.errors import UserError, exit_on_user_error
-from lsnet_d2.files import atomic_write
+from lsnet_d2.files import atomic_write, make_folder
 
 DATASET = "overfit"
 
@@ -59,7 +59,7 @@ def main() -> None:
     data = first_images(read_coco_json(args.annotations), args.num_images, args.keypoints)
     if not data["images"]:
         raise UserError(f"{args.annotations}: no image with objects to learn")
-    os.makedirs(args.output, exist_ok=True)
+    make_folder(args.output)
     subset = os.path.join(args.output, "annotations.json")
     with atomic_write(subset, "w") as file:
         json.dump(data, file)

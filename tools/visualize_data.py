@@ -26,7 +26,7 @@ from lsnet_d2.data.annotation_checks import AnnotationError
 from lsnet_d2.data.polygons import decode_rle
 from lsnet_d2.engine import build_mapper, reporting_data_errors
 from lsnet_d2.errors import UserError, did_you_mean, exit_on_user_error
-from lsnet_d2.files import atomic_write
+from lsnet_d2.files import atomic_write, make_folder
 from lsnet_d2.visualizer import CONTOUR_STYLES, LSNetVisualizer, read_rgb, side_by_side
 
 # What a result may have besides its box, and the shape of an object's; 0 is any number above 0.
@@ -100,7 +100,7 @@ def load_predictions(path: str, threshold: float) -> dict[int, list[dict]]:
             results = json.load(file)
     except (OSError, ValueError) as error:
         raise UserError(f"--predictions {path}: {error}") from error
-    if not isinstance(results, list):
+    if not isinstance(results, list) or not all(isinstance(r, dict) for r in results):
         raise UserError(f"--predictions {path}: not a list of COCO results")
     shapes = {key: shape for key, shape in LANDMARKS.items() if any(key in r for r in results)}
     masks = ["segmentation"] if any("segmentation" in r for r in results) else []
@@ -224,7 +224,7 @@ def main() -> None:
     seed_all_rng(args.seed)
     style = {"contours": args.contours, "keypoint_threshold": args.keypoint_threshold}
     folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for index, record in enumerate(tqdm(dicts, disable=None)):
         if mapper:
             mapped = mapper(copy.deepcopy(record))

@@ -7,12 +7,15 @@ an otherwise idle machine, since times count. Finished runs are kept; a second c
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from lsnet_d2.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES = ["AP", "AP50", "AP75", "APs", "APm"]
@@ -43,9 +46,11 @@ def train(name: str, config: str, iterations: int, seed: int, output: Path) -> R
         command += ["--config-file", str(ROOT / f"configs/quick/{config}.yaml")]
         command += ["SOLVER.MAX_ITER", str(iterations), "SEED", str(seed)]
         command += ["OUTPUT_DIR", str(output)]
+        shutil.rmtree(output, ignore_errors=True)  # a run that was cut short
         print(f"{name}, seed {seed}, {iterations} iterations: log in {output}/log.txt", flush=True)
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
-        report.write_text(json.dumps(vars(read_row(name, iterations, output))))
+        with atomic_write(report, "w") as file:
+            json.dump(vars(read_row(name, iterations, output)), file)
     return Row(**json.loads(report.read_text()))
 
 

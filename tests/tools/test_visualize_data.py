@@ -198,6 +198,7 @@ def test_contours_are_filled_or_outlined(data, tmp_path, style):
     [
         ("{", "results.json"),
         ("{}", "not a list of COCO results"),
+        ("[1, 2]", "not a list of COCO results"),
         ('[{"image_id": 1, "category_id": 1, "bbox": [1, 1, 2, 2]}]', "number 0 has no 'score'"),
         (
             '[{"image_id": 1, "category_id": 12, "bbox": [1, 1, 2, 2], "score": 1}]',
