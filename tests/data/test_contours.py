@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import tracemalloc
 
 import cv2
 import numpy as np
@@ -11,6 +12,7 @@ from parity import Recorded
 
 from lsnet_d2.data.contours import (
     CONTOUR_METHODS,
+    closest_vertices,
     reference_contours,
     resample_contour,
     spread_over_edges,
@@ -219,6 +221,40 @@ def test_outline_of_a_mask():
     contour = resample_contour(polygons)
     np.testing.assert_array_equal(bounding_box([contour]), bounding_box(polygons))
     assert iou(contour, polygons) > 0.97
+
+
+def test_bridges_between_long_outlines_join_the_closest_vertices():
+    mask = np.zeros((220, 480), np.uint8)
+    cv2.circle(mask, (110, 110), 100, 1, -1)
+    cv2.ellipse(mask, (345, 115), (120, 90), 0, 0, 360, 1, -1)
+    first, second = mask_to_polygons(mask)
+    assert min(len(first), len(second)) > 500
+    squared = ((first[:, None] - second) ** 2).sum(axis=2)
+    here, there = closest_vertices(first, second)
+    assert (here, there) == divmod(squared.argmin(), len(second))
+
+
+@given(SEEDS, st.integers(1, 300), st.integers(1, 300))
+def test_closest_vertices_of_any_outlines(seed, count, other_count):
+    """On a coarse grid many pairs are equally close, and the first of them counts."""
+    rng = np.random.default_rng(seed)
+    first, second = rng.integers(0, 60, (count, 2)) / 2, rng.integers(40, 100, (other_count, 2)) / 2
+    squared = ((first[:, None] - second) ** 2).sum(axis=2)
+    assert closest_vertices(first, second) == divmod(squared.argmin(), other_count)
+
+
+def test_masks_of_many_large_parts_need_no_table_of_all_vertices():
+    """Two outlines of 12000 vertices: a table of their distances would take 1 GB."""
+    angles = np.arange(12000) * np.pi / 6000
+    disk = 1000 * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    tracemalloc.start()
+    try:
+        contour = resample_contour([disk, disk + [2100, 0]])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_allclose(bounding_box([contour]), [-1000, -1000, 3100, 1000], atol=1e-9)
+    assert peak < 30e6
 
 
 @given(objects(), NUM_POINTS)
