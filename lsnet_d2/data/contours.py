@@ -1,7 +1,7 @@
 """Contours: an object's outline as a fixed number of points, as the contour branch learns it.
 
 Points run counter-clockwise as seen on the screen (top, left, bottom, right; y points down), and
-the first one is the outline's nearest to the middle of the bounding box's upper side. A network
+the first one is nearest to the middle of the bounding box's upper side. A network
 that regresses point i from the object's centre needs it in about the same place of similar objects.
 Coordinates are (x, y) in pixels of whichever image the polygons are in; nothing here depends on an
 image.
@@ -21,6 +21,8 @@ _DENSE = 360
 _SPECK = 0.01
 # Outlines of more vertices than this, such as those of masks, are thinned many vertices at a time.
 _MANY_VERTICES = 256
+# A key vertex this close to the start takes its place, as a share of even spacing.
+_NEAR_START = 0.25
 
 
 def resample_contour(
@@ -35,9 +37,10 @@ def resample_contour(
     "adaptive" joins the parts into one outline by bridges that have no width, each between the two
     closest vertices; left out are only parts inside others, and specks that do not reach beyond the
     bounding box of the parts joined before. Key vertices, those that change the outline's area
-    most, become points. The others are spread evenly between them, with as many in each gap as
-    keeps all points close to where even spacing puts them. So the points' bounding box is exactly
-    that of the object. Holes cannot be shown; they stay filled.
+    most, become points. The first point is the outline's nearest to the middle of the upper side,
+    or a key vertex within a quarter of an even spacing of it. The others are spread evenly between
+    them, with as many in each gap as keeps all points close to where even spacing puts them. So the
+    points' bounding box is exactly that of the object. Holes cannot be shown; they stay filled.
 
     "reference" is the released LSNet code's sampling (``loading.py``, ``lsnet_head.py``): evenly
     along the largest part, past most vertices. See :func:`reference_contours`.
@@ -63,7 +66,8 @@ def resample_contour(
         return max(contours, key=lambda contour: abs(_signed_area(contour)))
     parts = _checked(polygons, num_points)
     outline = _start_at_top(_join(parts))
-    return _place(outline, _key_vertices(outline, num_points), num_points)
+    keys = _key_vertices(outline, num_points)
+    return _place(*_settle_start(outline, keys, num_points), num_points)
 
 
 def reference_contours(
@@ -267,9 +271,7 @@ def _key_vertices(outline: np.ndarray, num_points: int) -> np.ndarray:
     and the smallest triangle is larger, as a share of the outline's area, than those at the corners
     of a regular polygon of half as many corners: a circle needs no key vertices to speak of.
     """
-    corners = num_points / 2
-    share = 2 * (1 - np.cos(2 * np.pi / corners)) / corners
-    least = share * abs(_signed_area(outline))
+    least = _least_triangle(outline, num_points)
     sides = (outline[:, None] == _bounds(outline)).reshape(-1, 4)
     kept = _thin(outline, sides.any(axis=1), least)
     sides = sides[kept]
@@ -306,6 +308,40 @@ def _key_vertices(outline: np.ndarray, num_points: int) -> np.ndarray:
             areas[i] = abs((x[i] - x[h]) * (y[j] - y[h]) - (y[i] - y[h]) * (x[j] - x[h])) / 2
             heapq.heappush(heap, (areas[i], i))
     return kept[~removed]
+
+
+def _least_triangle(outline: np.ndarray, num_points: int) -> float:
+    corners = num_points / 2
+    share = 2 * (1 - np.cos(2 * np.pi / corners)) / corners
+    return share * abs(_signed_area(outline))
+
+
+def _settle_start(
+    outline: np.ndarray, keys: np.ndarray, num_points: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The outline from the key vertex on that is beside its start, and the keys without the start;
+    or both as they are.
+
+    At the top of a round object, the highest vertex is next to the point nearest to the middle.
+    Were both among the contour's points, all others would have to make way, to the left or to the
+    right as the vertex happens to be. The start stays where it matters as much as a key vertex
+    does, or the bounding box needs it.
+    """
+    if len(keys) < 4:
+        return outline, keys
+    edges = np.roll(outline, -1, axis=0) - outline
+    arc = np.concatenate([[0], np.hypot(edges[:, 0], edges[:, 1]).cumsum()])
+    after, before = arc[keys[1]], arc[-1] - arc[keys[-1]]
+    if min(after, before) > _NEAR_START * arc[-1] / num_points:
+        return outline, keys
+    corner = _triangles(outline[[keys[-1], 0, keys[1]]])[1]
+    others = keys[1:]
+    if corner > _least_triangle(outline, num_points) or not np.array_equal(
+        _bounds(outline[others]), _bounds(outline)
+    ):
+        return outline, keys
+    start = keys[1] if after <= before else keys[-1]
+    return np.roll(outline, -start, axis=0), np.sort((others - start) % len(outline))
 
 
 def _thin(outline: np.ndarray, on_side: np.ndarray, least: float) -> np.ndarray:
