@@ -27,6 +27,7 @@ from PIL import Image
 from pycocotools import mask as mask_util
 from tqdm import tqdm
 
+from ..errors import UserError
 from ..files import atomic_write
 from .shapes_objects import CLASS_NAMES, KEYPOINT_CONNECTION_RULES, KEYPOINT_NAMES
 from .shapes_scene import SUPERSAMPLING, Scene, draw_scene
@@ -85,10 +86,10 @@ def ensure_shapes(
         ``{"train": ShapesSplit, "val": ShapesSplit}``.
 
     Raises:
-        FileExistsError: ``root/shapes`` holds something else, or shapes made by another version
-            or with other parameters.
-        FileNotFoundError: files of the data set have been removed.
-        ValueError: a parameter is out of range, or ``shapes.json`` cannot be read.
+        UserError: ``root/shapes`` is no folder or holds something else, or shapes made by another
+            version or with other parameters; files of the data set have been removed or cannot
+            be read; nothing can be written to ``root``.
+        ValueError: a parameter is out of range.
     """
     folder = _dataset_folder(root)
     stamp = {
@@ -98,9 +99,15 @@ def ensure_shapes(
         "num_images": {"train": num_train, "val": num_val},
     }
     if not _is_made(folder, stamp):
-        with file_lock(str(folder)):
-            if not _is_made(folder, stamp):
-                _make(folder, stamp)
+        try:
+            with file_lock(str(folder)):
+                if not _is_made(folder, stamp):
+                    _make(folder, stamp)
+        except OSError as error:  # such as no folder, a full disk, no rights
+            raise UserError(
+                f"the shapes data set cannot be made in {folder.parent}: {error.strerror or error};"
+                " choose another DETECTRON2_DATASETS"
+            ) from error
     return shapes_paths(root)
 
 
@@ -264,15 +271,19 @@ def _is_made(folder: Path, stamp: dict[str, Any]) -> bool:
         return False
     stamp_file = folder / "shapes.json"
     if not stamp_file.is_file():
-        raise FileExistsError(
-            f"{folder} is in the way of the shapes data set: no shapes.json in it"
+        raise UserError(
+            f"{folder} is in the way of the shapes data set: "
+            f"{'no shapes.json in it' if folder.is_dir() else 'it is no folder'}; "
+            "move it away, or choose another DETECTRON2_DATASETS"
         )
     try:
         found = json.loads(stamp_file.read_text())
     except ValueError as error:
-        raise ValueError(f"{stamp_file} is not valid JSON: {error}") from error
+        raise UserError(
+            f"{stamp_file} is not valid JSON: {error}; remove {folder} to have it made anew"
+        ) from error
     if found != stamp:
-        raise FileExistsError(
+        raise UserError(
             f"{folder} was made as {found}, wanted is {stamp}; "
             "remove the folder to have it made anew, or choose another DETECTRON2_DATASETS"
         )
@@ -280,7 +291,7 @@ def _is_made(folder: Path, stamp: dict[str, Any]) -> bool:
         json_file = folder / "annotations" / f"instances_{split}.json"
         present = len(list((folder / split).glob("*.jpg")))
         if not json_file.is_file() or present != number:
-            raise FileNotFoundError(
+            raise UserError(
                 f"{folder} is incomplete: {present} of {number} images in {split}/, "
                 f"{json_file.name} {'present' if json_file.is_file() else 'missing'}; "
                 "remove the folder to have it made anew"

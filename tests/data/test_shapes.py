@@ -45,6 +45,7 @@ from lsnet_d2.data.shapes_scene import (
     Scene,
     draw_scene,
 )
+from lsnet_d2.errors import UserError
 
 NUM_TRAIN, NUM_VAL, SIZE = 12, 3, 128
 SMALL = {"num_train": NUM_TRAIN, "num_val": NUM_VAL, "size": SIZE}
@@ -313,26 +314,35 @@ def test_what_exists_is_kept_and_only_read(root: Path) -> None:
 
 
 def test_other_parameters_are_refused_and_both_are_named(root: Path) -> None:
-    with pytest.raises(FileExistsError, match=f"(?s)'size': {SIZE}.*'size': 96"):
+    with pytest.raises(UserError, match=f"(?s)'size': {SIZE}.*'size': 96"):
         ensure_shapes(root, **{**SMALL, "size": 96})
 
 
 def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "shapes").mkdir()
     (tmp_path / "shapes" / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match=r"no shapes\.json"):
+    with pytest.raises(UserError, match=r"no shapes\.json"):
         ensure_shapes(tmp_path, **SMALL)
     assert contents(tmp_path / "shapes") == {"notes.txt": b"mine"}
+
+
+def test_files_in_the_way_are_named_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "shapes").write_text("mine")
+    with pytest.raises(UserError, match=r"/shapes is in the way .* it is no folder; move it away"):
+        ensure_shapes(tmp_path, **SMALL)
+    with pytest.raises(UserError, match=r"in .*/shapes: .*; choose another DETECTRON2_DATASETS"):
+        ensure_shapes(tmp_path / "shapes", **SMALL)
+    assert contents(tmp_path) == {"shapes": b"mine"}
 
 
 def test_a_damaged_data_set_is_named(tmp_path: Path) -> None:
     tiny = {"num_train": 2, "num_val": 1, "size": 64}
     ensure_shapes(tmp_path, **tiny)
     (tmp_path / "shapes/train/000002.jpg").unlink()
-    with pytest.raises(FileNotFoundError, match="1 of 2 images in train/"):
+    with pytest.raises(UserError, match="1 of 2 images in train/"):
         ensure_shapes(tmp_path, **tiny)
     (tmp_path / "shapes/shapes.json").write_text("{")
-    with pytest.raises(ValueError, match=r"shapes\.json is not valid JSON"):
+    with pytest.raises(UserError, match=r"shapes\.json is not valid JSON"):
         ensure_shapes(tmp_path, **tiny)
 
 
