@@ -34,7 +34,7 @@ environment:
 	@$(SETUP) --quiet
 
 demo: $(ENV)
-	$(PYTHON) tools/train_net.py --config-file $(DEMO_CONFIG) OUTPUT_DIR $(DEMO_OUTPUT) $(ARGS)
+	$(PYTHON) tools/train_net.py --config-file $(DEMO_CONFIG) $(ARGS) OUTPUT_DIR $(DEMO_OUTPUT)
 	$(PYTHON) tools/visualize_data.py --config-file $(DEMO_CONFIG) --num 24 \
 	    --predictions $(DEMO_OUTPUT)/inference/coco_instances_results.json \
 	    --output-dir $(DEMO_OUTPUT)/pictures

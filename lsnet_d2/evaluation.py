@@ -135,7 +135,8 @@ class LSNetEvaluator(COCOEvaluator):
       (indices of pixels).
     - The ground truth may lack ``info``, ``area``, ``iscrowd`` and ``num_keypoints``, and some
       annotations may lack keypoints. For masks, objects with a box only are regions to ignore.
-      Without ``annotations``, only the results file is written.
+      Without ``annotations``, as in COCO's files of test images, which Detectron2's loader reads
+      (ours does not), only the results file is written.
     - AP is always computed by the official implementation, so that figures do not depend on how
       Detectron2 was built.
     """
@@ -144,7 +145,8 @@ class LSNetEvaluator(COCOEvaluator):
         """See :class:`COCOEvaluator`. ``use_fast_impl`` has no effect.
 
         Raises:
-            UserError: the annotation file is missing, broken, or lacks what evaluation needs.
+            UserError: the annotation file is missing, broken, or lacks what evaluation needs; see
+                :func:`lsnet_d2.ground_truth.check_coco_file`.
         """
         json_file = MetadataCatalog.get(dataset_name).get("json_file")
         if json_file is not None:

@@ -4,13 +4,15 @@ import contextlib
 import io
 import json
 import logging
-import math
 import os
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from pycocotools.coco import COCO
 
+from .data.annotation_checks import raise_problems, read_boxes
+from .data.polygons import check_form, check_rle
 from .errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -20,8 +22,10 @@ def check_coco_file(path: str) -> None:
     """
     Raises:
         UserError: there is no such file, or it is no COCO file with images and categories, or
-            an annotation lacks a key that nothing can stand in for, its box is none, or
-            annotations differ in how many keypoints they have.
+            an annotation lacks a key that nothing can stand in for, or annotations differ in how
+            many keypoints they have.
+        AnnotationError: boxes are not four finite numbers, or have a negative width or height.
+            (Boxes without an area, or outside of their images, are COCO's own, and never found.)
     """
     if not os.path.isfile(path):
         raise UserError(f"no such annotation file: {path}")
@@ -35,19 +39,18 @@ def check_coco_file(path: str) -> None:
     for key in ("images", "categories"):
         if not dataset.get(key):
             raise UserError(f"{path}: {key!r} is missing or empty")
-    for index, annotation in enumerate(dataset.get("annotations", [])):
+    annotations = dataset.get("annotations", [])
+    if not isinstance(annotations, list) or not all(isinstance(a, dict) for a in annotations):
+        raise UserError(f"{path}: 'annotations' is not a list of objects")
+    for index, annotation in enumerate(annotations):
         missing = [
             key for key in ("id", "image_id", "category_id", "bbox") if key not in annotation
         ]
         if missing:
             name = annotation.get("id", f"number {index}")
             raise UserError(f"{path}: annotation {name} has no {missing[0]!r}")
-        if not _is_box(annotation["bbox"]):
-            raise UserError(
-                f"{path}: annotation {annotation['id']}: its box {annotation['bbox']} is not x, y, "
-                "width and height, finite and not negative"
-            )
-    with_keypoints = [a for a in dataset.get("annotations", []) if a.get("keypoints")]
+    _check_boxes(path, annotations)
+    with_keypoints = [a for a in annotations if a.get("keypoints")]
     for annotation in with_keypoints:
         here, there = len(annotation["keypoints"]), len(with_keypoints[0]["keypoints"])
         if here != there or here % 3:
@@ -58,11 +61,13 @@ def check_coco_file(path: str) -> None:
             )
 
 
-def _is_box(value: object) -> bool:
-    if not isinstance(value, (list, tuple)) or len(value) != 4:
-        return False
-    numbers = all(isinstance(v, (int, float)) and math.isfinite(v) for v in value)
-    return numbers and value[2] >= 0 and value[3] >= 0
+def _check_boxes(path: str, annotations: list[dict]) -> None:
+    boxes, problems = read_boxes([annotation["bbox"] for annotation in annotations])
+    for index in np.flatnonzero((boxes[:, 2:] < 0).any(axis=1)).tolist():
+        problems[index] = f"its box {annotations[index]['bbox']} has a negative width or height"
+    raise_problems(
+        path, [f"annotation {annotations[i]['id']}: {problems[i]}" for i in sorted(problems)]
+    )
 
 
 def count_keypoints(annotations: list[dict]) -> int:
@@ -121,19 +126,22 @@ def mask_ground_truth(coco: COCO) -> dict[str, Any]:
     neither right nor wrong.
 
     Raises:
-        UserError: an RLE is of another size than its image.
+        UserError: a segmentation is of no known form, or its RLE is damaged or of another size
+            than its image.
     """
     annotations = []
     for annotation in coco.dataset["annotations"]:
         segmentation = annotation.get("segmentation")
         image = coco.imgs.get(annotation["image_id"])
-        if isinstance(segmentation, dict) and image:
-            size = [image["height"], image["width"]]
-            if list(segmentation.get("size", ())) != size:
-                raise UserError(
-                    f"annotation {annotation['id']} of image {annotation['image_id']}: an RLE of "
-                    f"(height, width) {segmentation.get('size')} in an image of {size}"
-                )
+        size = (image["height"], image["width"]) if image else None
+        try:
+            check_form(segmentation, size)
+            if isinstance(segmentation, dict) and size:
+                check_rle(segmentation, *size)
+        except ValueError as error:
+            raise UserError(
+                f"annotation {annotation['id']} of image {annotation['image_id']}: {error}"
+            ) from error
         if isinstance(segmentation, list):
             # four numbers would be taken for a box
             segmentation = [part for part in segmentation if len(part) >= 6]

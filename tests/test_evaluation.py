@@ -163,6 +163,7 @@ def test_without_annotations_only_results_are_written(coco):
         (lambda d: d.update(images=[]), "'images' is missing or empty"),
         (lambda d: d["annotations"][1].pop("bbox"), "annotation 2 has no 'bbox'"),
         (lambda d: d["annotations"][1].pop("id"), "annotation number 1 has no 'id'"),
+        (lambda d: d["annotations"][1].update(bbox=[1, 2, 3]), "(?s:.*)annotation 2: its box"),
     ],
 )
 def test_unusable_ground_truth(coco, change, message):

@@ -1,9 +1,12 @@
+import json
+
 import pytest
 from pycocotools import mask as mask_util
 
 from lsnet_d2.errors import UserError
 from lsnet_d2.ground_truth import (
     GROUND_TRUTHS,
+    check_coco_file,
     coco_index,
     complete_annotations,
     count_keypoints,
@@ -76,10 +79,52 @@ def test_masks_are_kept():
         assert copied["segmentation"] == segmentation and copied["iscrowd"] == 0
 
 
-def test_mask_of_another_size():
-    data = dataset(annotation(8, segmentation={"size": [30, 20], "counts": "x"}))
-    with pytest.raises(UserError, match=r"annotation 8 of image 1: an RLE of .*\[30, 20\]"):
+@pytest.mark.parametrize(
+    "segmentation, message",
+    [
+        ({"size": [30, 20], "counts": "x"}, r"an RLE of .*\[30, 20\]"),
+        ({"size": [20, 30], "counts": "1"}, "sum up to 1, not 600"),
+        ([2.0, 3, 12, 3, 12, 9], "a flat list of numbers"),
+        ("outline", "type str"),
+    ],
+)
+def test_unusable_masks(segmentation, message):
+    data = dataset(annotation(8, segmentation=segmentation))
+    with pytest.raises(UserError, match=f"annotation 8 of image 1: .*{message}"):
         mask_ground_truth(coco_index(data))
+
+
+@pytest.mark.parametrize(
+    "box, message",
+    [
+        ([1, 2, 3], "is not four finite numbers"),
+        (None, "is not four finite numbers"),
+        ([1, 2, float("nan"), 4], "is not four finite numbers"),
+        ([1, 2, -3, 4], "has a negative width or height"),
+    ],
+)
+def test_unusable_boxes(tmp_path, box, message):
+    path = tmp_path / "val.json"
+    path.write_text(json.dumps(dataset(annotation(4), annotation(8, bbox=box))))
+    with pytest.raises(
+        UserError, match=f"val.json: a problem:\n  annotation 8: its box .*{message}"
+    ):
+        check_coco_file(str(path))
+
+
+def test_boxes_that_are_never_found_pass(tmp_path):
+    path = tmp_path / "val.json"
+    boxes = ([50, 5, 4, 4], [3, 3, 0, 5])  # outside, and without a width
+    path.write_text(json.dumps(dataset(*(annotation(8, bbox=box) for box in boxes))))
+    check_coco_file(str(path))
+
+
+@pytest.mark.parametrize("annotations", [None, {}, [1, 2]])
+def test_annotations_that_are_none(tmp_path, annotations):
+    path = tmp_path / "val.json"
+    path.write_text(json.dumps({**dataset(), "annotations": annotations}))
+    with pytest.raises(UserError, match="val.json: 'annotations' is not a list of objects"):
+        check_coco_file(str(path))
 
 
 def test_keypoints_of_classes_that_have_them():

@@ -404,16 +404,32 @@ def test_annotations_need_not_be_alike():
     assert all(mask[int(y), int(x)] for x, y in JOINTS)
 
 
-def test_a_mask_of_another_size():
-    rle = mask_util.encode(np.zeros((10, 20), np.uint8, order="F"))
-    record = {
-        "file_name": "a.png",
-        "annotations": [
-            {"bbox": BOX, "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0, "segmentation": rle}
-        ],
-    }
-    with pytest.raises(AnnotationError, match=r"number 0 of image a.png: .*\[10, 20\]"):
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("segmentation", mask_util.encode(np.zeros((10, 20), np.uint8, order="F")), r"\[10, 20\]"),
+        ("segmentation", CONTOUR[0], "a flat list"),
+        ("segmentation", 7, "has no len"),
+        ("extreme_points", [1, 2, 3], "four or five points"),
+        ("keypoints", [1, 2, 3, 4], "cannot reshape"),
+    ],
+)
+def test_malformed_annotations(key, value, message):
+    bare = {"bbox": BOX, "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
+    record = {"file_name": "a.png", "annotations": [bare, {**bare, key: value}]}
+    with pytest.raises(AnnotationError, match=f"number 1 of image a.png: its '{key}': .*{message}"):
         LSNetVisualizer(make_image()).draw_dataset_dict(record)
+
+
+@pytest.mark.parametrize("kind", [list, np.array])
+def test_extreme_points_may_have_a_centre(kind):
+    def picture(points):
+        bare = {"bbox": BOX, "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
+        record = {"annotations": [{**bare, "extreme_points": kind(points)}]}
+        return LSNetVisualizer(make_image()).draw_dataset_dict(record).get_image()
+
+    flat = [value for point in POINTS for value in point]
+    np.testing.assert_array_equal(picture([*flat, 100.0, 80.0]), picture(POINTS))
 
 
 def test_identities_choose_colours():

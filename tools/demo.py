@@ -27,10 +27,11 @@ import lsnet_d2  # noqa: F401  (registers the model, the backbones and the data 
 from lsnet_d2.checkpointer import LSNetCheckpointer
 from lsnet_d2.config_file import load_config
 from lsnet_d2.data.images import ImageError, read_image
+from lsnet_d2.drawing import CONTOUR_STYLES
 from lsnet_d2.errors import UserError, exit_on_user_error
 from lsnet_d2.files import atomic_write, make_folder
 from lsnet_d2.tracking import Tracker
-from lsnet_d2.visualizer import CONTOUR_STYLES, LSNetVisualizer
+from lsnet_d2.visualizer import LSNetVisualizer
 
 IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 WRITTEN_SUFFIXES = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
@@ -156,12 +157,13 @@ def plan_outputs(images: list[Path], output: str) -> dict[Path, Path]:
     """Where the picture of each image goes: below ``output`` as the images lie to one another.
 
     Raises:
-        UserError: an image would be overwritten.
+        UserError: an image would be overwritten, or ``output`` is a file but must be a folder.
     """
     target = Path(output)
     if len(images) == 1 and target.suffix.lower() in WRITTEN_SUFFIXES and not target.is_dir():
         plan = {images[0]: target}
     else:
+        require_folder(target)
         root = os.path.commonpath([image.resolve().parent for image in images])
         plan = {image: target / image.resolve().relative_to(root) for image in images}
     for image, file in plan.items():
@@ -172,6 +174,15 @@ def plan_outputs(images: list[Path], output: str) -> dict[Path, Path]:
         if file.resolve() in sources:
             raise UserError(f"--output would overwrite the input {file}")
     return plan
+
+
+def require_folder(output: Path) -> None:
+    """
+    Raises:
+        UserError: there is something of that name which is no folder.
+    """
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output} is a file; here it must be a folder")
 
 
 def run_on_images(detector: Detector, patterns: list[str], output: str | None) -> int:
@@ -223,6 +234,7 @@ def run_on_video(detector: Detector, source: str | int, output: str | None) -> N
         target = Path(output)
         if target.suffix.lower() not in {".mp4", ".mkv", ".avi"}:
             stem = "webcam" if isinstance(source, int) else Path(source).stem
+            require_folder(target)
             target = target / f"{stem}.mp4"
         if not isinstance(source, int) and target.resolve() == Path(source).resolve():
             raise UserError(f"--output would overwrite the input {target}")

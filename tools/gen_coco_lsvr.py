@@ -10,7 +10,7 @@ import json
 
 from tqdm import tqdm
 
-from lsnet_d2.data.annotation_checks import raise_problems
+from lsnet_d2.data.annotation_checks import raise_problems, read_boxes
 from lsnet_d2.data.coco_json import coco_extreme_points, read_coco_json
 from lsnet_d2.errors import exit_on_user_error
 from lsnet_d2.files import atomic_write, require_new_file
@@ -40,8 +40,12 @@ def add_extreme_points(data: dict, where: str, masks: str) -> int:
     """
     sizes = {image["id"]: (image["height"], image["width"]) for image in data["images"]}
     problems, without = [], 0
-    for annotation in tqdm(data["annotations"], unit="objects", unit_scale=True):
+    _, malformed = read_boxes([annotation["bbox"] for annotation in data["annotations"]])
+    bar = tqdm(data["annotations"], unit="objects", unit_scale=True)
+    for index, annotation in enumerate(bar):
         try:
+            if index in malformed:
+                raise ValueError(malformed[index])
             if annotation["image_id"] not in sizes:
                 raise ValueError(f"image {annotation['image_id']} is not in the file")
             size = sizes[annotation["image_id"]]

@@ -22,12 +22,14 @@ from tqdm import tqdm
 
 import lsnet_d2  # noqa: F401  (registers the model, the backbones and the data sets)
 from lsnet_d2.config_file import load_config
-from lsnet_d2.data.annotation_checks import AnnotationError
+from lsnet_d2.data.annotation_checks import read_boxes
+from lsnet_d2.data.images import read_image
 from lsnet_d2.data.polygons import decode_rle
+from lsnet_d2.drawing import CONTOUR_STYLES
 from lsnet_d2.engine import build_mapper, reporting_data_errors
 from lsnet_d2.errors import UserError, did_you_mean, exit_on_user_error
 from lsnet_d2.files import atomic_write, make_folder
-from lsnet_d2.visualizer import CONTOUR_STYLES, LSNetVisualizer, read_rgb, side_by_side
+from lsnet_d2.visualizer import LSNetVisualizer, side_by_side
 
 # What a result may have besides its box, and the shape of an object's; 0 is any number above 0.
 LANDMARKS = {"extreme_points": (4, 2), "contour": (0, 2), "keypoints": (0, 3)}
@@ -92,8 +94,8 @@ def load_predictions(path: str, threshold: float) -> dict[int, list[dict]]:
     """Results above a score, by image. Landmarks are arrays of the shapes in LANDMARKS.
 
     Raises:
-        UserError: no such file, or not a list of COCO results, or landmarks that are malformed or
-            that only some of the results have.
+        UserError: no such file, or not a list of COCO results, or boxes, scores or landmarks that
+            are malformed, or landmarks that only some of the results have.
     """
     try:
         with open(path, encoding="utf-8") as file:
@@ -104,6 +106,7 @@ def load_predictions(path: str, threshold: float) -> dict[int, list[dict]]:
         raise UserError(f"--predictions {path}: not a list of COCO results")
     shapes = {key: shape for key, shape in LANDMARKS.items() if any(key in r for r in results)}
     masks = ["segmentation"] if any("segmentation" in r for r in results) else []
+    _, malformed = read_boxes([r.get("bbox") for r in results])
     by_image = defaultdict(list)
     for index, result in enumerate(results):
         where = f"--predictions {path}: result number {index}"
@@ -111,6 +114,10 @@ def load_predictions(path: str, threshold: float) -> dict[int, list[dict]]:
         missing = [key for key in needed if key not in result]
         if missing:
             raise UserError(f"{where} has no {missing[0]!r}")
+        if index in malformed:
+            raise UserError(f"{where}: {malformed[index]}")
+        if not isinstance(result["score"], (int, float)):
+            raise UserError(f"{where}: its score {result['score']!r} is not a number")
         if result["score"] < threshold:
             continue
         for key, shape in shapes.items():
@@ -181,7 +188,7 @@ def to_mask(result: dict, image_size: tuple[int, int]) -> torch.Tensor:
 
 
 def draw_annotation(record: dict, metadata, **style) -> np.ndarray:
-    visualizer = LSNetVisualizer(read_rgb(record["file_name"]), metadata, **style)
+    visualizer = LSNetVisualizer(read_image(record["file_name"], "RGB"), metadata, **style)
     return visualizer.draw_dataset_dict(record).get_image()
 
 
@@ -196,13 +203,13 @@ def draw_mapped(record: dict, metadata, image_format: str, **style) -> np.ndarra
 def draw_predictions(
     record: dict, metadata, results: list[dict], ids: dict[int, int], **style
 ) -> np.ndarray:
-    image = read_rgb(record["file_name"])
+    image = read_image(record["file_name"], "RGB")
     visualizer = LSNetVisualizer(image, metadata, **style)
     instances = to_instances(results, image.shape[:2], ids)
     return visualizer.draw_instance_predictions(instances).get_image()
 
 
-@exit_on_user_error(AnnotationError)
+@exit_on_user_error()
 def main() -> None:
     parser = get_parser()
     args = parser.parse_args()

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -12,6 +13,7 @@ from detectron2.structures import BoxMode
 
 from ..errors import UserError
 from .extreme_points import as_extreme_points
+from .polygons import check_form
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +38,7 @@ def check_dataset_dicts(
     Errors are: a number of classes other than the config's; a missing image file; a class out of
     range; a box that is not four finite numbers, has no width or height, or lies outside its image
     (boxes that reach over the border are common, and are clipped later); malformed extreme points;
-    a segmentation that is neither a list of polygons nor an RLE of the image's size.
+    a segmentation of no known form, or an RLE of another size than its image.
 
     Args:
         dataset_dicts: in Detectron2's format; nothing is written into them.
@@ -90,8 +92,7 @@ def check_dataset_dicts(
     problems = dict(invalid_boxes)
     for index, annotation in enumerate(annotations):
         record = dataset_dicts[places[index][0]]
-        text = _annotation_problem(annotation, num_classes, need_extreme_points)
-        text = text or _segmentation_problem(annotation.get("segmentation"), record)
+        text = _annotation_problem(annotation, record, num_classes, need_extreme_points)
         if text:
             problems.setdefault(index, text)
     if problems:
@@ -126,6 +127,28 @@ def name_annotation(record: dict, index: int, ids: dict | None = None) -> str:
         identity = ids.get((record.get("image_id"), _box_key(annotation.get("bbox"))))
     which = f"annotation number {index}" if identity is None else f"annotation {identity}"
     return f"{which} of image {record.get('file_name')}"
+
+
+def read_boxes(rows: Sequence) -> tuple[np.ndarray, dict[int, str]]:
+    """Boxes of annotations as they stand in files.
+
+    Args:
+        rows: N of them, of any kind.
+
+    Returns:
+        (N, 4) float64, and by index what is wrong with those that are not four finite numbers,
+        which are NaN in the array.
+    """
+    boxes = _numbers(rows, (len(rows), 4)) if rows else np.empty((0, 4))
+    if boxes is None:
+        alone = [_numbers(row, (4,)) for row in rows]
+        boxes = np.array([np.full(4, np.nan) if box is None else box for box in alone])
+    boxes[~np.isfinite(boxes).all(axis=1)] = np.nan
+    problems = {
+        index: f"its box {_plain(rows[index])} is not four finite numbers"
+        for index in np.flatnonzero(np.isnan(boxes[:, 0])).tolist()
+    }
+    return boxes, problems
 
 
 def raise_problems(where: str, problems: Sequence[str], hint: str = "") -> None:
@@ -217,16 +240,8 @@ def _box_problems(
     dataset_dicts: Sequence[dict], places: Sequence[tuple[int, int]], annotations: Sequence[dict]
 ) -> Iterable[tuple[int, str]]:
     """Positions in ``annotations`` and what is wrong with the boxes there."""
-    boxes = np.full((len(annotations), 4), np.nan)
     rows = [a.get("bbox") for a in annotations]
-    try:
-        boxes[:] = np.array(rows, dtype=np.float64).reshape(len(rows), 4)
-    except (TypeError, ValueError):  # not all are four numbers
-        for index, row in enumerate(rows):
-            try:
-                boxes[index] = np.array(row, dtype=np.float64).reshape(4)
-            except (TypeError, ValueError):
-                continue
+    boxes, malformed = read_boxes(rows)
     modes = np.array([int(a.get("bbox_mode", -1)) for a in annotations], dtype=int)
     boxes[modes == BoxMode.XYWH_ABS, 2:] += boxes[modes == BoxMode.XYWH_ABS, :2]
     sizes = np.array(
@@ -236,15 +251,17 @@ def _box_problems(
 
     x0, y0, x1, y1 = boxes.T
     tests = (
-        (~np.isin(modes, (BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)), "is neither XYWH_ABS nor XYXY_ABS"),
-        (~np.isfinite(boxes).all(axis=1), "is not four finite numbers"),
         (~((x1 > x0) & (y1 > y0)), "has no width or no height"),
         (
             (x0 >= sizes[:, 0]) | (y0 >= sizes[:, 1]) | (x1 <= 0) | (y1 <= 0),
             "lies outside its image",
         ),
     )
-    found: dict[int, str] = {}
+    known = np.isin(modes, (BoxMode.XYWH_ABS, BoxMode.XYXY_ABS))
+    found = malformed | {
+        index: f"its box {_plain(rows[index])} is neither XYWH_ABS nor XYXY_ABS"
+        for index in np.flatnonzero(~known).tolist()
+    }
     for failed, text in tests:
         for index in np.flatnonzero(failed).tolist():
             shown = f"its box {_plain(rows[index])} {text}"
@@ -255,10 +272,28 @@ def _box_problems(
     return found.items()
 
 
-def _annotation_problem(annotation: dict, num_classes: int, need_extreme_points: bool) -> str:
+def _numbers(value: object, shape: tuple[int, ...]) -> np.ndarray | None:
+    """``value`` as a new array of this shape, unless it is something else than numbers."""
+    try:
+        array = np.array(value)
+    except ValueError:  # not all rows are alike
+        return None
+    if array.dtype.kind not in "iuf" or array.size != math.prod(shape):
+        return None
+    return array.astype(np.float64).reshape(shape)
+
+
+def _annotation_problem(
+    annotation: dict, record: dict, num_classes: int, need_extreme_points: bool
+) -> str:
     category = annotation.get("category_id")
     if not isinstance(category, (int, np.integer)) or not 0 <= category < num_classes:
         return f"its class {category} is not one of 0 to {num_classes - 1}"
+    size = (record["height"], record["width"]) if {"height", "width"} <= record.keys() else None
+    try:
+        check_form(annotation.get("segmentation"), size)
+    except ValueError as error:
+        return str(error)
     if "extreme_points" in annotation:
         try:
             as_extreme_points(annotation["extreme_points"])
@@ -270,18 +305,6 @@ def _annotation_problem(annotation: dict, num_classes: int, need_extreme_points:
             "loader, which coco_2017_train has, drops them: take coco_train2017, as the folder is "
             "known too"
         )
-    return ""
-
-
-def _segmentation_problem(segmentation: object, record: dict) -> str:
-    if isinstance(segmentation, dict):
-        size = [record.get("height"), record.get("width")]
-        if None not in size and list(segmentation.get("size", ())) != size:
-            return f"an RLE of (height, width) {segmentation.get('size')} in an image of {size}"
-    elif segmentation is not None and not isinstance(segmentation, (list, tuple)):
-        return f"its segmentation is of type {type(segmentation).__name__}"
-    elif segmentation and np.ndim(segmentation[0]) == 0:
-        return "its segmentation is a list of numbers; it must be a list of polygons"
     return ""
 
 

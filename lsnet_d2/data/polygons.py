@@ -28,73 +28,109 @@ def segmentation_to_polygons(segmentation: Any, height: int, width: int) -> list
         outer outlines, as :func:`mask_to_polygons` draws them.
 
     Raises:
-        ValueError: an RLE is damaged or of another image size, or the form is unknown.
+        ValueError: an RLE is damaged, or see :func:`check_form`.
     """
+    check_form(segmentation, (height, width))
     if segmentation is None:
         return []
     if isinstance(segmentation, dict):
         return mask_to_polygons(decode_rle(segmentation, height, width))
+    try:
+        parts = [np.array(part, dtype=np.float64).reshape(-1, 2) for part in segmentation]
+    except TypeError as error:
+        raise ValueError(f"a segmentation that is no list of numbers: {error}") from error
+    return [part for part in parts if is_usable(part)]
+
+
+def check_form(segmentation: Any, image_size: tuple[int, int] | None) -> None:
+    """What can be found out about a segmentation without decoding it.
+
+    Args:
+        image_size: (height, width) of the image that it belongs to, if it is known.
+
+    Raises:
+        ValueError: it is none of COCO's three forms: a flat list in place of a list of polygons, a
+            polygon with an odd number of coordinates, or something else altogether; or an RLE of
+            another size than the image.
+    """
+    if segmentation is None:
+        return
+    if isinstance(segmentation, dict):
+        size = segmentation.get("size")
+        if image_size is not None and not np.array_equal(size, image_size):
+            raise ValueError(f"an RLE of (height, width) {size} in an image of {list(image_size)}")
+        return
     if not isinstance(segmentation, (list, tuple)):
         raise ValueError(f"a segmentation of type {type(segmentation).__name__}")
-    polygons = []
     for part in segmentation:
-        if np.ndim(part) == 0:
-            raise ValueError("a segmentation of numbers; it must be a list of polygons")
-        values = np.array(part, dtype=np.float64).reshape(-1)
-        if values.size >= 6 and values.size % 2 == 0 and is_usable(values.reshape(-1, 2)):
-            polygons.append(values.reshape(-1, 2))
-    return polygons
+        if isinstance(part, (int, float)):
+            raise ValueError(
+                "a segmentation that is a flat list of numbers; it must be a list of polygons, "
+                "[[x, y, x, y, ...], ...]"
+            )
+        if not isinstance(part, (list, tuple, np.ndarray)):
+            raise ValueError(f"a segmentation with a part of type {type(part).__name__}")
+        if len(part) % 2 and np.isscalar(part[0]):
+            raise ValueError(f"a polygon of {len(part)} numbers, which are no pairs x, y")
 
 
 def decode_rle(rle: dict, height: int, width: int) -> np.ndarray:
     """An RLE, compressed or not, as a mask (height, width) uint8 of 0 and 1.
 
     Raises:
-        ValueError: it is damaged, or of another size.
+        ValueError: see :func:`check_rle`.
     """
-    if list(rle.get("size", ())) != [height, width]:
-        raise ValueError(
-            f"an RLE of (height, width) {rle.get('size')} in an image of {[height, width]}"
-        )
-    counts = rle.get("counts")
-    if isinstance(counts, list):
-        if sum(counts) != height * width or min(counts, default=0) < 0:
-            raise ValueError(f"the counts of an RLE sum up to {sum(counts)}, not {height * width}")
+    check_rle(rle, height, width)
+    if isinstance(rle["counts"], list):
         rle = mask_util.frPyObjects(rle, height, width)
-    elif not isinstance(counts, (str, bytes)):
-        raise ValueError("an RLE without counts")
-    else:
-        runs = _run_lengths(counts)
-        if runs.sum() != height * width or runs.min(initial=0) < 0:
-            # pycocotools would leave the rest of the mask as it finds the memory
-            raise ValueError(f"the runs of an RLE sum up to {runs.sum()}, not {height * width}")
     return mask_util.decode(rle)
 
 
-def _run_lengths(counts: str | bytes) -> np.ndarray:
-    """The numbers in a compressed RLE (pycocotools, ``rleFrString``).
+def check_rle(rle: dict, height: int, width: int) -> None:
+    """Check that the runs of an RLE, compressed or not, cover its image.
 
-    A character has six bits above 48: five of a number, lowest first, and one that says whether the
-    number goes on. From the fourth on, numbers are differences to the last but one.
+    pycocotools, which decodes it, minds only runs beyond the end: where they stop early, the rest
+    of the mask is whatever is in memory.
 
     Raises:
-        ValueError: other characters, or the last number does not end.
+        ValueError: they do not, or they are damaged, or the RLE is of another size.
     """
-    text = counts.encode("ascii", "replace") if isinstance(counts, str) else counts
-    bits = np.frombuffer(text, dtype=np.uint8).astype(np.int64) - 48
-    if ((bits < 0) | (bits > 63)).any() or (bits.size and bits[-1] & 32):
-        raise ValueError("the counts of an RLE are damaged")
-    ends = np.flatnonzero(bits & 32 == 0)
-    starts = np.concatenate([[0], ends[:-1] + 1])[: len(ends)]
-    if len(ends) and (ends - starts).max() > 7:
-        raise ValueError("the counts of an RLE are damaged")
-    place = 5 * (np.arange(len(bits)) - np.repeat(starts, ends - starts + 1))
-    values = np.add.reduceat((bits & 31) << place, starts) if len(ends) else bits
-    negative = bits[ends] & 16 != 0
-    values = values - (negative.astype(np.int64) << (5 * (ends - starts + 1)))
-    values[1::2] = values[1::2].cumsum()
-    values[2::2] = values[2::2].cumsum()
-    return values
+    check_form(rle, (height, width))
+    counts = rle.get("counts")
+    if isinstance(counts, (str, bytes)):
+        counts = _run_lengths(counts.encode() if isinstance(counts, str) else counts)
+    elif not isinstance(counts, list) or not all(isinstance(n, (int, np.integer)) for n in counts):
+        raise ValueError("an RLE without counts, or they are neither text nor whole numbers")
+    if min(counts, default=0) < 0:
+        raise ValueError("a damaged RLE: a run of negative length")
+    if sum(counts) != height * width:
+        raise ValueError(f"the counts of an RLE sum up to {sum(counts)}, not {height * width}")
+
+
+def _run_lengths(counts: bytes) -> list[int]:
+    """The runs in the ``counts`` of a compressed RLE.
+
+    A number has five bits a character, the lowest ones first, as 48 + bits; 32 is added to all
+    characters but its last one, of which 16 is the sign. From the fourth number on it is the
+    difference to the number before the previous one.
+
+    Raises:
+        ValueError: a character is no such code, the last number is not complete, or one has more
+            than 35 bits.
+    """
+    codes = np.frombuffer(counts, dtype=np.uint8).astype(np.int64) - 48
+    ends = np.flatnonzero(codes & 32 == 0)
+    if not len(codes) or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
+        raise ValueError("a damaged RLE: its counts are no whole code")
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    places = np.arange(len(codes)) - np.repeat(starts, ends + 1 - starts)
+    if places.max() > 6:
+        raise ValueError("a damaged RLE: a run without end")
+    runs = np.add.reduceat((codes & 31) << 5 * places, starts)
+    runs -= (codes[ends] & 16) >> 4 << 5 * (places[ends] + 1)
+    for first in (1, 2):
+        runs[first::2] = runs[first::2].cumsum()
+    return runs.tolist()
 
 
 def polygons_to_rle(polygons: np.ndarray, height: int, width: int) -> list[dict]:

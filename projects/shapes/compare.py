@@ -39,14 +39,18 @@ class Row:
 
 
 def train(name: str, config: str, iterations: int, seed: int, output: Path) -> Row:
-    """Train and evaluate in a process of its own, or read what an earlier call left."""
+    """Train and evaluate in a process of its own, or read what an earlier call left.
+
+    ``row.json`` in ``output`` says that a run is finished; without it the folder is made anew.
+    """
     report = output / "row.json"
     if not report.exists():
         command = [sys.executable, str(ROOT / "tools/train_net.py")]
         command += ["--config-file", str(ROOT / f"configs/quick/{config}.yaml")]
         command += ["SOLVER.MAX_ITER", str(iterations), "SEED", str(seed)]
         command += ["OUTPUT_DIR", str(output)]
-        shutil.rmtree(output, ignore_errors=True)  # a run that was cut short
+        if output.exists():  # cut off: its figures would be mixed with the new ones
+            shutil.rmtree(output)
         print(f"{name}, seed {seed}, {iterations} iterations: log in {output}/log.txt", flush=True)
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
         with atomic_write(report, "w") as file:

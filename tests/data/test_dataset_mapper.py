@@ -227,7 +227,6 @@ def test_only_a_box_gives_midpoints_and_says_so_once(image, caplog):
         [[1, 2, 3, 4]],
         [[20, 10, 30, 20, 40, 30]],
         [[20, 10, float("nan"), 20, 40, 30]],
-        [[20, 10, 30, 10, 30, 20, 5]],
         {"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH]},
     ],
 )

@@ -11,6 +11,8 @@ from pycocotools import mask as mask_util
 
 from lsnet_d2.data.polygons import (
     bounding_box,
+    check_form,
+    check_rle,
     clip_polygons,
     decode_rle,
     is_usable,
@@ -120,7 +122,7 @@ def test_usable_though_its_signed_area_is_zero():
 
 
 def test_segmentation_keeps_usable_parts():
-    segmentation = [[0, 0, 4, 0, 4, 4], [1, 1, 2, 2], [1, 1, 2, 2, 3, 3], [0, 0, 1, 1, 2], [7] * 6]
+    segmentation = [[0, 0, 4, 0, 4, 4], [1, 1, 2, 2], [1, 1, 2, 2, 3, 3], [], [7] * 6]
     (part,) = segmentation_to_polygons(segmentation, 10, 10)
     assert part.tolist() == [[0, 0], [4, 0], [4, 4]]
     assert segmentation_to_polygons(None, 10, 10) == []
@@ -150,8 +152,13 @@ def test_three_forms_of_a_rectangle():
         {"size": [20, 30], "counts": [5, 5]},
         {"size": [20, 30], "counts": [-1, 601]},
         {"size": [20, 30]},
+        {"size": [20, 30], "counts": [600.0]},
+        {"size": [20, 30], "counts": ["600"]},
         {"counts": [600]},
+        {"size": 20, "counts": [600]},
         7,
+        "0 0 4 0 4 4",
+        [{"x": 1}],
     ],
 )
 def test_malformed_segmentations(segmentation):
@@ -159,23 +166,63 @@ def test_malformed_segmentations(segmentation):
         segmentation_to_polygons(segmentation, 20, 30)
 
 
-@pytest.mark.parametrize("counts", ["", "1", "zzzz{{~~oooooooo", "Pl0", b"\xff"])
-def test_damaged_rle_is_refused(counts):
-    with pytest.raises(ValueError, match="of an RLE"):
-        decode_rle({"size": [48, 64], "counts": counts}, 48, 64)
+@pytest.mark.parametrize(
+    "segmentation, message",
+    [
+        ([0, 0, 4, 0, 4, 4], "a flat list of numbers"),
+        ([0.5, 0, 4, 0, 4, 4], "a flat list of numbers"),
+        ([[0, 0, 4, 0, 4, 4], [0, 0, 1, 1, 2, 2, 3]], "a polygon of 7 numbers"),
+        ([np.arange(9.0)], "a polygon of 9 numbers"),
+        ([[7]], "a polygon of 1 numbers"),
+        ([["a", "b"]], "could not convert"),
+        ([[{}, {}]], "no list of numbers"),
+    ],
+)
+def test_lists_that_are_no_polygons(segmentation, message):
+    with pytest.raises(ValueError, match=message):
+        segmentation_to_polygons(segmentation, 20, 30)
 
 
-@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32 - 1))
-def test_rle_of_any_mask_is_read(height, width, seed):
-    generator = np.random.default_rng(seed)
-    mask = (generator.random((height, width)) < generator.random()).astype(np.uint8)
+def test_form_where_the_size_of_the_image_is_not_known():
+    check_form({"size": [20, 30], "counts": [600]}, None)
+    check_form([np.zeros((3, 2))], None)
+    with pytest.raises(ValueError, match="type str"):
+        check_form("outline", None)
+
+
+@given(
+    arrays(np.uint8, st.tuples(st.integers(1, 70), st.integers(1, 70)), elements=st.integers(0, 1))
+)
+def test_masks_survive_their_code(mask):
     rle = mask_util.encode(np.asfortranarray(mask))
-    assert np.array_equal(decode_rle(rle, height, width), mask)
+    text = {**rle, "counts": rle["counts"].decode()}
+    for form in (rle, text):
+        np.testing.assert_array_equal(decode_rle(form, *mask.shape), mask)
 
 
-def test_flat_lists_are_refused():
-    with pytest.raises(ValueError, match="must be a list of polygons"):
-        segmentation_to_polygons([1.0, 2, 3, 4, 5, 6], 48, 64)
+def test_code_of_long_runs():
+    mask = np.zeros((3000, 2000), np.uint8)
+    mask[:, 999] = 1  # runs of 2997000, 3000, 3000000
+    mask[0, 3] = 1
+    rle = mask_util.encode(np.asfortranarray(mask))
+    np.testing.assert_array_equal(decode_rle(rle, 3000, 2000), mask)
+
+
+@pytest.mark.parametrize(
+    "counts", ["", b"", "1", "zzzz{{~~oooooooo", "PPPPPPPPPPPP0", "0P", "0M", "\u00e9", "hb"]
+)
+def test_damaged_codes(counts):
+    with pytest.raises(ValueError, match="RLE"):
+        decode_rle({"size": [20, 30], "counts": counts}, 20, 30)
+
+
+@given(st.data())
+def test_a_code_that_was_cut_off_is_damaged(data):
+    mask = data.draw(arrays(np.uint8, (20, 30), elements=st.integers(0, 1)))
+    rle = mask_util.encode(np.asfortranarray(mask))
+    rle["counts"] = rle["counts"][: data.draw(st.integers(0, len(rle["counts"]) - 1))]
+    with pytest.raises(ValueError, match="RLE"):
+        check_rle(rle, 20, 30)
 
 
 def test_outline_of_a_mask_goes_round_its_pixels():

@@ -78,6 +78,19 @@ def test_folder_with_a_broken_image(folder):
         assert len(picture.getcolors(1 << 20)) > 1  # a score of 0 is enough to be drawn
 
 
+def test_images_are_read_as_in_training(tmp_path):
+    Image.fromarray(np.full((4, 5), 128 * 257, np.uint16)).save(tmp_path / "deep.png")
+    seen = []
+
+    class Stub:
+        def draw(self, image):
+            seen.append(image)
+            return image, 0
+
+    assert demo_tool.run_on_images(Stub(), [str(tmp_path / "deep.png")], str(tmp_path / "o")) == 0
+    assert seen[0].shape == (4, 5, 3) and (seen[0] == 128).all()
+
+
 def test_glob_threshold_and_output_file(folder):
     output = folder / "one.png"
     pattern = folder / "images" / "a*.jpg"
@@ -151,6 +164,9 @@ def test_objects_of_a_video_keep_their_colours(folder, monkeypatch, tmp_path):
         (["--input", "{folder}/images"], "no display"),
         (["--video-input", "absent.mp4", "--output", "x"], "cannot open the video absent.mp4"),
         (["--input", "{folder}/images", "--output", "{folder}/images"], "overwrite the input"),
+        (["--input", "{folder}/images", "--output", "{folder}/tiny.yaml"], "must be a folder"),
+        (["--input", "{folder}/images", "--output", "{folder}/tiny.yaml/x"], "cannot make"),
+        (["--video-input", "{folder}/clip.avi", "--output", "{folder}/tiny.yaml"], "a folder"),
     ],
 )
 def test_user_errors(folder, args, message):

@@ -71,6 +71,20 @@ def test_bad_input_leaves_nothing(coco, tmp_path, monkeypatch, capsys):
         assert os.listdir(tmp_path) == ["in.json"]
 
 
+def test_boxes_that_are_none(coco, tmp_path, monkeypatch, capsys):
+    data = json.loads(coco.read_text())
+    data["annotations"][1]["bbox"] = {"x": 20}
+    coco.write_text(json.dumps(data))
+    assert run_here(monkeypatch, coco, tmp_path / "out.json") == 2
+    assert "annotation 2: its box {'x': 20} is not four finite numbers" in capsys.readouterr().err
+
+
+def test_output_that_is_a_folder(coco, tmp_path, monkeypatch, capsys):
+    (tmp_path / "out.json").mkdir()
+    assert run_here(monkeypatch, coco, tmp_path / "out.json", "--overwrite") == 2
+    assert "out.json is a folder" in capsys.readouterr().err
+
+
 def test_a_failing_write_keeps_the_old_file(coco, monkeypatch):
     before = coco.read_text()
 

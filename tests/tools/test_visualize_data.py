@@ -199,6 +199,14 @@ def test_contours_are_filled_or_outlined(data, tmp_path, style):
         ("{", "results.json"),
         ("{}", "not a list of COCO results"),
         ("[1, 2]", "not a list of COCO results"),
+        (
+            '[{"image_id": 1, "category_id": 1, "bbox": [1, 1], "score": 1}]',
+            "number 0: its box [1, 1] is not four finite numbers",
+        ),
+        (
+            '[{"image_id": 1, "category_id": 1, "bbox": [1, 1, 2, 2], "score": "1"}]',
+            "number 0: its score '1' is not a number",
+        ),
         ('[{"image_id": 1, "category_id": 1, "bbox": [1, 1, 2, 2]}]', "number 0 has no 'score'"),
         (
             '[{"image_id": 1, "category_id": 12, "bbox": [1, 1, 2, 2], "score": 1}]',
@@ -219,3 +227,49 @@ def test_unknown_data_set(data, tmp_path):
     result = visualize(data, tmp_path, "--dataset", "coco_2017_trian")
     assert result.returncode == 2
     assert "coco_2017_trian" in result.stderr and "coco_2017_train" in result.stderr
+
+
+def test_what_gen_coco_lsvr_writes_is_drawn(data, tmp_path):
+    tiny_coco.write_coco(tmp_path)
+    for split in tiny_coco.SPLITS:
+        target = tiny_coco.json_file(tmp_path, split)
+        written = run_tool(
+            "gen_coco_lsvr.py", tiny_coco.json_file(data, split), target, "--overwrite"
+        )
+        assert written.returncode == 0, written.stderr
+    # detectron2's loader of "coco_2017_train" would drop the points
+    (tmp_path / "coco" / "train2017").rename(tmp_path / "coco" / "train")
+    target.with_name("instances_train2017.json").rename(target.with_name("instances_train.json"))
+    result = run_tool(
+        "visualize_data.py",
+        *["--config-file", data / "tiny.yaml", "--output-dir", tmp_path / "pictures"],
+        *["--dataset", "coco_train", "--num", 1],
+        datasets=tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+    picture = read(tmp_path / "pictures" / FILES[0]).astype(int)
+    # the dot of the left extreme point has a white edge, between dark grey and red
+    dot = picture[196:205, 100:140].reshape(-1, 3)
+    assert (dot.min(axis=1) > 120).any()
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_an_image_that_cannot_be_read(tmp_path, damage):
+    tiny_coco.write_config(tmp_path)
+    tiny_coco.write_coco(tmp_path)
+    image = tmp_path / "coco" / "train2017" / "000000000001.png"
+    content = image.read_bytes()
+    image.unlink()
+    if damage == "truncated":
+        image.write_bytes(content[: len(content) // 2])
+    result = visualize(tmp_path, tmp_path / "pictures")
+    assert result.returncode == 2
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("error: ") and "000000000001.png: n" in last and "image file" in last
+
+
+def test_output_folder_that_is_a_file(data, tmp_path):
+    (tmp_path / "pictures").touch()
+    result = visualize(data, tmp_path / "pictures")
+    assert result.returncode == 2
+    assert f"error: {tmp_path}/pictures: cannot make this folder: File exists" in result.stderr
