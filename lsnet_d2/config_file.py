@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import yaml
@@ -13,7 +14,10 @@ from detectron2.data import DatasetCatalog
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 
 from .config import add_lsnet_config
+from .data.annotation_checks import ON_INVALID
 from .data.builtin import explain_unregistered
+from .data.contours import CONTOUR_METHODS
+from .data.dataset_mapper import EXTREME_POINT_SOURCES
 from .errors import ConfigError, did_you_mean
 from .modeling import build_branches
 
@@ -21,9 +25,9 @@ logger = logging.getLogger(__name__)
 
 # What keys with a choice may be: (key, values)
 CHOICES = (
-    ("DATASETS.INVALID_ANNOTATIONS", ("error", "drop")),
-    ("INPUT.EXTREME_POINTS", ("segmentation", "annotation")),
-    ("INPUT.CONTOUR_SAMPLING", ("adaptive", "reference")),
+    ("DATASETS.INVALID_ANNOTATIONS", ON_INVALID),
+    ("INPUT.EXTREME_POINTS", EXTREME_POINT_SOURCES),
+    ("INPUT.CONTOUR_SAMPLING", CONTOUR_METHODS),
     ("INPUT.FORMAT", ("RGB", "BGR", "L", "YUV-BT.601")),
     ("INPUT.RANDOM_FLIP", ("horizontal", "vertical", "none")),
     (
@@ -114,7 +118,7 @@ def _keys(cfg: CfgNode, prefix: str = "") -> list[str]:
     return keys
 
 
-def _value(cfg: CfgNode, key: str) -> object:
+def _value(cfg: CfgNode, key: str) -> Any:
     for name in key.split("."):
         cfg = cfg[name]
     return cfg
@@ -245,5 +249,4 @@ def classes_key(cfg: CfgNode) -> str:
 
 def num_classes(cfg: CfgNode) -> int:
     """The number of classes of the config's detector."""
-    _, node, key = classes_key(cfg).split(".")
-    return cfg.MODEL[node][key]
+    return _value(cfg, classes_key(cfg))

@@ -12,6 +12,7 @@ from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 from matplotlib.patheffects import withStroke
 
+from .data.polygons import signed_area
 from .errors import UserError
 
 # Small pictures are enlarged to this many pixels along their longer side.
@@ -252,7 +253,7 @@ class LandmarkPainter(Visualizer):
 
     def _draw_polygons(self, polygons: list[np.ndarray], color: Any) -> None:
         # the same sense of rotation makes parts that overlap one area
-        parts = [p if _signed_area(p) > 0 else p[::-1] for p in polygons]
+        parts = [p if signed_area(p) > 0 else p[::-1] for p in polygons]
         outlines = [Path(np.concatenate([p, p[:1]]), closed=True) for p in parts]
         self.output.ax.add_patch(
             PathPatch(
@@ -298,8 +299,3 @@ def _extent(region: Region) -> float:
             np.ptp(np.flatnonzero(region.any(axis=1))) + 1
         )
     return float(np.ptp(np.concatenate(region), axis=0).prod())
-
-
-def _signed_area(polygon: np.ndarray) -> float:
-    x, y = polygon.T
-    return float(x @ np.roll(y, -1) - y @ np.roll(x, -1)) / 2

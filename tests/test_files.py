@@ -1,7 +1,13 @@
+import os
+import signal
+import subprocess
+import sys
+
 import pytest
+import tiny_coco
 
 from lsnet_d2.errors import UserError
-from lsnet_d2.files import make_folder, require_new_file
+from lsnet_d2.files import atomic_write, make_folder, require_new_file
 
 
 def test_make_folder(tmp_path):
@@ -25,3 +31,26 @@ def test_require_new_file(tmp_path):
         require_new_file(str(tmp_path), overwrite=True)
     with pytest.raises(UserError, match=r"absent/file: no such folder: .*absent"):
         require_new_file(str(tmp_path / "absent" / "file"))
+
+
+def test_atomic_write_survives_errors_and_kills(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), atomic_write(path, "w") as file:
+        file.write("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file"]
+    code = (
+        "import os, signal, sys; from lsnet_d2.files import atomic_write\n"
+        "with atomic_write(sys.argv[1], 'w') as f:\n"
+        "    f.write('half'); f.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(tiny_coco.ROOT)}
+    result = subprocess.run([sys.executable, "-c", code, str(path)], env=env, check=False)
+    assert result.returncode == -signal.SIGKILL
+    assert path.read_text() == "old"
+    with atomic_write(path, "w") as file:
+        file.write("new")
+    assert path.read_text() == "new"
+    assert os.listdir(tmp_path) == ["file"]

@@ -2,13 +2,18 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
+from detectron2.config import CfgNode
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from PIL import Image
+
+from lsnet_d2.config_file import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = (48, 64)  # height, width
@@ -148,3 +153,21 @@ def run_tool(name: str, *args: object, datasets: Path | None = None) -> subproce
         timeout=300,
         cwd=ROOT,
     )
+
+
+def load_tiny_config(folder: Path, *opts: str) -> CfgNode:
+    """The config that :func:`write_config` writes, with results below ``folder``."""
+    output = str(Path(folder) / "output")
+    return load_config(
+        str(write_config(folder)), ["MODEL.DEVICE", "cpu", "OUTPUT_DIR", output, *opts]
+    )
+
+
+def run_tool_here(monkeypatch: pytest.MonkeyPatch, name: str, *args: object) -> int:
+    """Exit status of a tool that is run in this process, which takes no time to start."""
+    monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
+    try:
+        runpy.run_path(str(ROOT / "tools" / name), run_name="__main__")
+    except SystemExit as exit_:
+        return exit_.code
+    return 0

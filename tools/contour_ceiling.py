@@ -20,7 +20,7 @@ from lsnet_d2.data.coco_json import read_coco_json
 from lsnet_d2.data.contours import CONTOUR_METHODS, MAX_POINTS, MIN_POINTS, resample_contour
 from lsnet_d2.data.polygons import bounding_box, segmentation_to_polygons
 from lsnet_d2.errors import UserError, exit_on_user_error
-from lsnet_d2.evaluation import complete_annotations
+from lsnet_d2.ground_truth import coco_index, complete_annotations
 
 COLUMNS = ["method", "P", "AP", "AP50", "AP75", "APs", "APm", "APl"]
 COLUMNS += ["IOU one part", "IOU several", "IOU of boxes", "ms/object"]
@@ -80,22 +80,20 @@ def read_objects(json_file: str) -> tuple[COCO, list[Object]]:
             if isinstance(rle["counts"], list):
                 rle = mask_util.frPyObjects(rle, *size)
         else:
-            rle = polygons_to_rle(parts, *size)
+            rle = to_rle(parts, *size)
         annotation = {"area": float(mask_util.area(rle)), **annotation, "segmentation": rle}
         kept.append(annotation)
         if not annotation.get("iscrowd"):
             objects.append(Object(annotation=annotation, parts=parts, rle=rle))
     raise_problems(json_file, problems)
 
-    truth = COCO()
-    truth.dataset = {**data, "annotations": kept}
-    complete_annotations(truth.dataset)
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints
-        truth.createIndex()
-    return truth, objects
+    dataset = {**data, "annotations": kept}
+    complete_annotations(dataset)
+    return coco_index(dataset), objects
 
 
-def polygons_to_rle(polygons: list[np.ndarray], height: int, width: int) -> dict:
+def to_rle(polygons: list[np.ndarray], height: int, width: int) -> dict:
+    """The mask of one object's polygons."""
     flat = [polygon.reshape(-1).tolist() for polygon in polygons]
     return mask_util.merge(mask_util.frPyObjects(flat, height, width))
 
@@ -110,7 +108,7 @@ def score(truth: COCO, objects: list[Object], method: str, num_points: int) -> l
             item.parts, num_points, method=method, box=(x, y, x + width, y + height)
         )
         seconds += time.perf_counter() - start
-        rle = polygons_to_rle([contour], *item.rle["size"])
+        rle = to_rle([contour], *item.rle["size"])
         mask_ious.append(mask_util.iou([rle], [item.rle], [0]).item())
         boxes = [bounding_box(polygons) for polygons in ([contour], item.parts)]
         corners, sizes = np.split(np.stack(boxes), 2, axis=1)

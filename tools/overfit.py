@@ -68,8 +68,8 @@ def main() -> None:
     opts = ["DATASETS.TRAIN", f"('{DATASET}',)", "DATASETS.TEST", f"('{DATASET}',)"]
     opts += ["INPUT.RANDOM_FLIP", "none", "OUTPUT_DIR", args.output]
     cfg = load_config(args.config_file, opts + args.opts)
-    classes = str(len(data["categories"]))
-    cfg = load_config(args.config_file, [*opts, classes_key(cfg), classes, *args.opts])
+    if classes_key(cfg) not in args.opts:
+        cfg.merge_from_list([classes_key(cfg), len(data["categories"])])
     cfg.freeze()
     default_setup(cfg, argparse.Namespace(config_file=args.config_file))
     trainer = LSNetTrainer(cfg)

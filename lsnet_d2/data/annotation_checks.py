@@ -18,6 +18,7 @@ from .polygons import check_form
 logger = logging.getLogger(__name__)
 
 MAX_LISTED = 5  # problems that a message lists
+ON_INVALID = ("error", "drop")  # what may be done about invalid boxes
 
 
 class AnnotationError(UserError, ValueError):
@@ -58,7 +59,7 @@ def check_dataset_dicts(
         AnnotationError: says what is wrong, names the first few places and counts all.
         ValueError: ``on_invalid`` is neither of the two.
     """
-    if on_invalid not in ("error", "drop"):
+    if on_invalid not in ON_INVALID:
         raise ValueError(f"on_invalid must be 'error' or 'drop', not {on_invalid!r}")
     names = [dataset_name] if isinstance(dataset_name, str) else list(dataset_name)
     _check_class_count(names, num_classes, num_classes_key)

@@ -12,13 +12,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from .joining import join_parts
+from .polygons import bounds, signed_area
+
 CONTOUR_METHODS = ("adaptive", "reference")
 MIN_POINTS, MAX_POINTS = 8, 128
 
 # The released code places this many points on an outline, and takes each tenth of them.
 _DENSE = 360
-# Parts below this share of the object's area are specks.
-_SPECK = 0.01
 # Outlines of more vertices than this, such as those of masks, are thinned many vertices at a time.
 _MANY_VERTICES = 256
 # A key vertex this close to the start takes its place, as a share of even spacing.
@@ -63,9 +64,9 @@ def resample_contour(
         raise ValueError(f"method must be one of {', '.join(CONTOUR_METHODS)}, not {method!r}")
     if method == "reference":
         contours = reference_contours(polygons, num_points, box=box)
-        return max(contours, key=lambda contour: abs(_signed_area(contour)))
+        return max(contours, key=lambda contour: abs(signed_area(contour)))
     parts = _checked(polygons, num_points)
-    outline = _start_at_top(_join(parts))
+    outline = _start_at_top(join_parts(parts))
     keys = _key_vertices(outline, num_points)
     return _place(*_settle_start(outline, keys, num_points), num_points)
 
@@ -91,17 +92,17 @@ def reference_contours(
     """
     parts = _checked(polygons, num_points)
     if box is None:
-        box = _bounds(np.concatenate(parts)).reshape(-1)
+        box = bounds(np.concatenate(parts)).reshape(-1)
     x0, y0, x1, y1 = np.asarray(box, dtype=np.float64).reshape(4).tolist()
     if not np.isfinite([x0, y0, x1, y1]).all():
         raise ValueError(f"the box of a contour is not finite: {box}")
-    parts = [p for p in parts if np.ptp(p, axis=0).min() >= 1 and abs(_signed_area(p)) > 5]
+    parts = [p for p in parts if np.ptp(p, axis=0).min() >= 1 and abs(signed_area(p)) > 5]
     parts = parts or [np.array([[x0, y0], [x0, y1], [x1, y1], [x1, y0]])]
 
     contours = np.empty((len(parts), num_points, 2))
     for index, part in enumerate(parts):
         contour = spread_over_edges(part, _DENSE)[np.arange(num_points) * _DENSE // num_points]
-        if _signed_area(contour) > 0:
+        if signed_area(contour) > 0:
             contour = contour[::-1]
         first = ((contour - _top_middle(contour)) ** 2).sum(axis=1).argmin()
         contours[index] = np.roll(contour, -first, axis=0)
@@ -140,39 +141,6 @@ def spread_over_edges(polygon: np.ndarray, count: int) -> np.ndarray:
     return polygon[edge] * (1 - place[:, None]) + ends[edge] * place[:, None]
 
 
-def closest_vertices(first: np.ndarray, second: np.ndarray) -> tuple[int, int]:
-    """Indices of the two closest vertices of two outlines; of several such pairs, the first.
-
-    Long outlines are compared in runs of vertices. Pairs of runs whose boxes are farther apart
-    than some two vertices cannot have the closest.
-
-    Args:
-        first, second: (n, 2), (m, 2).
-    """
-    run = 1 if len(first) * len(second) <= 4096 else 32
-    members, low, high = [], [], []
-    for outline in (first, second):
-        starts = np.arange(0, len(outline), run)
-        members.append(np.minimum(starts[:, None] + np.arange(run), len(outline) - 1))
-        low.append(np.minimum.reduceat(outline, starts))
-        high.append(np.maximum.reduceat(outline, starts))
-    gaps = np.maximum(low[0][:, None] - high[1], low[1] - high[0][:, None]).clip(0)
-    gaps = gaps[..., 0] ** 2 + gaps[..., 1] ** 2
-
-    def squared(runs: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-        a, b = first[members[0][runs[0]]], second[members[1][runs[1]]]
-        x, y = (a[..., :, None, axis] - b[..., None, :, axis] for axis in (0, 1))
-        return x**2 + y**2
-
-    limit = squared(np.unravel_index(gaps.argmin(), gaps.shape)).min()
-    runs = np.nonzero(gaps <= limit)
-    distances = squared(runs)
-    pair, i, j = np.nonzero(distances == distances.min())
-    here, there = members[0][runs[0][pair], i], members[1][runs[1][pair], j]
-    best = np.lexsort((there, here))[0]
-    return int(here[best]), int(there[best])
-
-
 def _checked(polygons: Sequence[np.ndarray], num_points: int) -> list[np.ndarray]:
     if not MIN_POINTS <= num_points <= MAX_POINTS:
         raise ValueError(f"a contour has {MIN_POINTS} to {MAX_POINTS} points, not {num_points}")
@@ -185,59 +153,9 @@ def _checked(polygons: Sequence[np.ndarray], num_points: int) -> list[np.ndarray
     return parts
 
 
-def _bounds(points: np.ndarray) -> np.ndarray:
-    """(2, 2): least and greatest x, y."""
-    return np.stack([points.min(axis=0), points.max(axis=0)])
-
-
 def _top_middle(points: np.ndarray) -> np.ndarray:
-    low, high = _bounds(points)
+    low, high = bounds(points)
     return np.array([(low[0] + high[0]) / 2, low[1]])
-
-
-def _signed_area(outline: np.ndarray) -> float:
-    """Negative when the outline runs counter-clockwise on the screen."""
-    x, y = (outline - outline[0]).T
-    return float(x[:-1] @ y[1:] - x[1:] @ y[:-1]) / 2
-
-
-def _join(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """One outline of all parts, counter-clockwise; no vertex is equal to the one before."""
-    rings = []
-    for part in parts:
-        new = (part != np.roll(part, 1, axis=0)).any(axis=1)
-        ring = part[new] if new.any() else part[:1]
-        area = _signed_area(ring)
-        rings.append((abs(area), ring[::-1] if area > 0 else ring))
-    rings.sort(key=lambda ring: -ring[0])
-    total = sum(area for area, _ in rings)
-    joined = rings[0][1]
-    low, high = _bounds(joined)
-    for area, ring in rings[1:]:
-        least, greatest = _bounds(ring)
-        within = (least >= low).all() and (greatest <= high).all()
-        if within and (area < _SPECK * total or _is_inside(ring, joined)):
-            continue
-        low, high = np.minimum(low, least), np.maximum(high, greatest)
-        here, there = closest_vertices(joined, ring)
-        round_trip = np.concatenate([ring[there:], ring[: there + 1]])
-        joined = np.concatenate([joined[: here + 1], round_trip, joined[here:]])
-    return joined
-
-
-def _is_inside(ring: np.ndarray, outline: np.ndarray) -> bool:
-    """Whether an outline encloses most vertices of a ring: a ray to the right from those crosses
-    it an odd number of times. Of long rings, up to 64 vertices are asked."""
-    x, y = ring[:: len(ring) // 64 + 1].T[:, :, None]
-    ends = np.roll(outline, -1, axis=0)
-    meets = np.maximum(outline[:, 1], ends[:, 1]) >= y.min()
-    meets &= np.minimum(outline[:, 1], ends[:, 1]) <= y.max()
-    meets &= np.maximum(outline[:, 0], ends[:, 0]) >= x.min()
-    (x0, y0), (x1, y1) = outline[meets].T, ends[meets].T
-    spans = (y0 > y) != (y1 > y)
-    crossing = x0 + (y - y0) * (x1 - x0) / np.where(y0 == y1, 1, y1 - y0)
-    odd = (spans & (x < crossing)).sum(axis=1) % 2 == 1
-    return bool(odd.mean() > 0.5)
 
 
 def _start_at_top(outline: np.ndarray) -> np.ndarray:
@@ -272,7 +190,7 @@ def _key_vertices(outline: np.ndarray, num_points: int) -> np.ndarray:
     of a regular polygon of half as many corners: a circle needs no key vertices to speak of.
     """
     least = _least_triangle(outline, num_points)
-    sides = (outline[:, None] == _bounds(outline)).reshape(-1, 4)
+    sides = (outline[:, None] == bounds(outline)).reshape(-1, 4)
     kept = _thin(outline, sides.any(axis=1), least)
     sides = sides[kept]
     on_side = {i: np.flatnonzero(sides[i]).tolist() for i in np.flatnonzero(sides.any(axis=1))}
@@ -313,7 +231,7 @@ def _key_vertices(outline: np.ndarray, num_points: int) -> np.ndarray:
 def _least_triangle(outline: np.ndarray, num_points: int) -> float:
     corners = num_points / 2
     share = 2 * (1 - np.cos(2 * np.pi / corners)) / corners
-    return share * abs(_signed_area(outline))
+    return share * abs(signed_area(outline))
 
 
 def _settle_start(
@@ -337,7 +255,7 @@ def _settle_start(
     corner = _triangles(outline[[keys[-1], 0, keys[1]]])[1]
     others = keys[1:]
     if corner > _least_triangle(outline, num_points) or not np.array_equal(
-        _bounds(outline[others]), _bounds(outline)
+        bounds(outline[others]), bounds(outline)
     ):
         return outline, keys
     start = keys[1] if after <= before else keys[-1]

@@ -171,10 +171,20 @@ def is_usable(polygon: np.ndarray) -> bool:
     return bool(np.abs(heights).max() > _FLAT * squared.max())
 
 
+def bounds(points: np.ndarray) -> np.ndarray:
+    """(2, 2): least and greatest x, y of points (n, 2)."""
+    return np.stack([points.min(axis=0), points.max(axis=0)])
+
+
 def bounding_box(polygons: Sequence[np.ndarray]) -> np.ndarray:
     """XYXY (4,) around all vertices."""
-    points = np.concatenate(polygons)
-    return np.concatenate([points.min(axis=0), points.max(axis=0)])
+    return bounds(np.concatenate(polygons)).reshape(4)
+
+
+def signed_area(polygon: np.ndarray) -> float:
+    """Of a polygon (n, 2). Negative where it runs counter-clockwise on the screen (y down)."""
+    x, y = (polygon - polygon[0]).T
+    return float(x[:-1] @ y[1:] - x[1:] @ y[:-1]) / 2
 
 
 def mask_to_polygons(mask: np.ndarray) -> list[np.ndarray]:

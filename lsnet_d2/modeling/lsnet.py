@@ -171,10 +171,13 @@ class LSNet(DenseDetector):
     ) -> dict[str, Tensor]:
         """Losses by name, each a scalar with its weight."""
         instances = [inputs["instances"].to(self.device) for inputs in batched_inputs]
+        boxed = [self.branches[0].targets(x).present for x in instances]
         regions = [
-            self.ignored_regions(i, x) for i, x in zip(batched_inputs, instances, strict=True)
+            self.ignored_regions(inputs, x.gt_boxes.tensor[~present])
+            for inputs, x, present in zip(batched_inputs, instances, boxed, strict=True)
         ]
-        instances = [x[self.branches[0].targets(x).present] for x in instances]
+        # Objects that the first branch cannot give a box take part in nothing.
+        instances = [x[present] for x, present in zip(instances, boxed, strict=True)]
         targets = self.targets(instances)
         gt_classes = [x.gt_classes for x in instances]
         valid = torch.stack([self.valid_points(points, size) for size in image_sizes])
@@ -208,17 +211,16 @@ class LSNet(DenseDetector):
             for own in targets
         ]
 
-    def ignored_regions(self, inputs: dict, instances: Instances) -> Tensor:
+    def ignored_regions(self, inputs: dict, unboxed: Tensor) -> Tensor:
         """(R, 4) XYXY: what is neither object nor background.
 
-        These are the ``ignore_boxes``, and the objects of which the first branch learns nothing:
-        they are not assigned to any point.
+        These are the ``ignore_boxes``, and ``unboxed`` (N, 4), the annotations' boxes of objects
+        of which the first branch learns nothing.
         """
         if not self.ignore_crowd:
-            return instances.gt_boxes.tensor[:0]
-        boxes = instances.gt_boxes.tensor[~self.branches[0].targets(instances).present]
+            return unboxed[:0]
         ignored = inputs.get("ignore_boxes")
-        return boxes if ignored is None else torch.cat([boxes, ignored.to(boxes)])
+        return unboxed if ignored is None else torch.cat([unboxed, ignored.to(unboxed)])
 
     def valid_points(self, points: AnchorPoints, image_size: tuple[int, int]) -> Tensor:
         """(A,) bool: points on the image and on its own padding, not on that of the batch."""

@@ -1,13 +1,15 @@
 import json
-import runpy
-import sys
 
 import numpy as np
 import pytest
 from pycocotools import mask as mask_util
-from tiny_coco import ROOT, run_tool
+from tiny_coco import run_tool, run_tool_here
 
 HEIGHT, WIDTH = 120, 200
+
+
+def run_here(monkeypatch, *arguments):
+    return run_tool_here(monkeypatch, "contour_ceiling.py", *arguments)
 
 
 def rectangle(x, y, width, height):
@@ -59,16 +61,6 @@ def coco(tmp_path):
     path = tmp_path / "in.json"
     path.write_text(json.dumps(data))
     return path
-
-
-def run_here(monkeypatch, *arguments):
-    """Exit status of the tool's main function."""
-    monkeypatch.setattr(sys, "argv", ["contour_ceiling.py", *map(str, arguments)])
-    try:
-        runpy.run_path(str(ROOT / "tools" / "contour_ceiling.py"), run_name="__main__")
-    except SystemExit as exit_:
-        return exit_.code
-    return 0
 
 
 def rows(text):

@@ -1,10 +1,12 @@
 import json
 import os
-import runpy
-import sys
 
 import pytest
-from tiny_coco import ROOT, run_tool
+from tiny_coco import run_tool, run_tool_here
+
+
+def run_here(monkeypatch, *arguments):
+    return run_tool_here(monkeypatch, "gen_coco_lsvr.py", *arguments)
 
 
 @pytest.fixture
@@ -35,16 +37,6 @@ def test_adds_the_points_and_keeps_the_rest(coco, tmp_path):
     assert points[1] == [40, 10, 20, 30, 40, 50, 60, 30, 40, 30]
     assert after == before
     assert sorted(os.listdir(tmp_path)) == ["in.json", "out.json"]
-
-
-def run_here(monkeypatch, *arguments):
-    """Exit status of the tool's main function."""
-    monkeypatch.setattr(sys, "argv", ["gen_coco_lsvr.py", *map(str, arguments)])
-    try:
-        runpy.run_path(str(ROOT / "tools" / "gen_coco_lsvr.py"), run_name="__main__")
-    except SystemExit as exit_:
-        return exit_.code
-    return 0
 
 
 def test_overwrites_only_when_told_to(coco, monkeypatch, capsys):
