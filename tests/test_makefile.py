@@ -1,3 +1,4 @@
+import os
 import shutil
 import subprocess
 
@@ -11,7 +12,11 @@ from tiny_coco import ROOT
 )
 def test_the_demo_draws_what_it_has_trained(variables, folder):
     command = ["make", "-n", "demo", "PYTHON=python", "ARGS=--resume SEED 3", *variables]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    # the variables of the make that runs the tests are not meant for this one
+    env = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+    printed = subprocess.run(
+        command, capture_output=True, text=True, check=True, cwd=ROOT, env=env
+    ).stdout
     training, drawing = printed.replace("\\\n", " ").splitlines()
     # options of the tool come before the keys of the config
     assert training.endswith(f" --resume SEED 3 OUTPUT_DIR {folder}")
