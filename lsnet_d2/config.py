@@ -48,6 +48,8 @@ def add_lsnet_config(cfg: CN) -> None:
     # --- targets and losses
     # Length given to the unused side of a vector, relative to the used one.
     cfg.MODEL.LSNET.CROSS_IOU_ALPHA = 0.2
+    # Anchor points that each object takes in the init stage (1 in the paper).
+    cfg.MODEL.LSNET.INIT_POSITIVES = 1
     # Candidates per pyramid level and object in the ATSS assignment of the refine stage.
     cfg.MODEL.LSNET.ATSS_TOPK = 9
     # Leave anchor points inside crowd objects, and inside objects without what the first branch
@@ -88,6 +90,12 @@ def add_lsnet_config(cfg: CN) -> None:
     # How the mapper places the vertices of contours: "adaptive", or "reference" as the released
     # code does it.
     cfg.INPUT.CONTOUR_SAMPLING = "adaptive"
+
+    # "SGD", or "AdamW", which does not use MOMENTUM and NESTEROV.
+    cfg.SOLVER.OPTIMIZER = "SGD"
+    # Learning rate of the network under the pyramid, whose weights are imported, relative to
+    # BASE_LR.
+    cfg.SOLVER.BACKBONE_MULTIPLIER = 1.0
 
     # What to do about training annotations whose box is malformed, empty or outside its image:
     # "error" stops and names them, "drop" leaves them out and logs their number.

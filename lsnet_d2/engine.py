@@ -26,7 +26,6 @@ from detectron2.engine import (
     default_setup,
 )
 from detectron2.evaluation import DatasetEvaluator
-from detectron2.solver import build_optimizer
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
@@ -38,6 +37,7 @@ from .data.coco_json import read_coco_json
 from .data.dataset_mapper import LSNetDatasetMapper
 from .errors import ConfigError, UserError
 from .evaluation import build_evaluator
+from .solver import build_optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -158,22 +158,6 @@ def check_test_data(cfg: CfgNode, name: str) -> None:
     )
 
 
-def clip_whole_gradient(
-    optimizer: torch.optim.Optimizer, max_norm: float, norm_type: float = 2.0
-) -> None:
-    """Before each step of ``optimizer``, scale all gradients so that their joint norm is at most
-    ``max_norm``, as the released code does (with 35).
-
-    It happens inside ``step``, that is, after a gradient scaler has taken its factor out.
-    """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-
-    def clip(*_) -> None:
-        nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
-
-    optimizer.register_step_pre_hook(clip)
-
-
 class LSNetTrainer(DefaultTrainer):
     """Trains LSNet and Detectron2's own meta-architectures, on GPUs or CPUs.
 
@@ -256,15 +240,12 @@ class LSNetTrainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        clip = cfg.SOLVER.CLIP_GRADIENTS
-        if not (clip.ENABLED and clip.CLIP_TYPE == "full_model"):
+        """
+        Raises:
+            ConfigError: see :func:`lsnet_d2.solver.build_optimizer`.
+        """
+        with reporting_config_errors(cfg):
             return build_optimizer(cfg, model)
-        unclipped = cfg.clone()
-        unclipped.defrost()
-        unclipped.SOLVER.CLIP_GRADIENTS.ENABLED = False
-        optimizer = build_optimizer(unclipped, model)
-        clip_whole_gradient(optimizer, clip.CLIP_VALUE, clip.NORM_TYPE)
-        return optimizer
 
 
 def wrap_distributed(model: nn.Module) -> nn.Module:

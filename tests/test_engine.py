@@ -7,14 +7,12 @@ import tiny_coco
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
-from torch import nn
 
 from lsnet_d2.checkpointer import LSNetCheckpointer
 from lsnet_d2.config_file import load_config
 from lsnet_d2.data.annotation_checks import AnnotationError
 from lsnet_d2.engine import (
     LSNetTrainer,
-    clip_whole_gradient,
     evaluate,
     load_training_data,
     reporting_data_errors,
@@ -67,49 +65,6 @@ def tiny_trainer(folder, *opts, resume=False):
     trainer = LSNetTrainer(tiny_cfg(folder, *opts))
     trainer.resume_or_load(resume=resume)
     return trainer
-
-
-# --- gradient clipping
-
-
-@pytest.mark.parametrize("max_norm, factor", [(1.0, 1 / 5), (35.0, 1.0)])
-def test_whole_gradient_is_clipped(max_norm, factor):
-    a, b = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))
-    frozen = nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([{"params": [a]}, {"params": [b, frozen], "lr": 0.5}], lr=1.0)
-    clip_whole_gradient(optimizer, max_norm)
-    a.grad, b.grad = torch.tensor([0.0, 3.0]), torch.tensor([4.0])
-    optimizer.step()
-    torch.testing.assert_close(a.data, torch.tensor([0.0, -3 * factor]))
-    torch.testing.assert_close(b.data, torch.tensor([-2 * factor]))
-
-
-def test_optimizer_follows_the_clip_type(tmp_path):
-    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False))
-    steps = {}
-    for clip_type in ("full_model", "norm"):
-        cfg = tiny_coco.load_tiny_config(
-            tmp_path,
-            # fmt: off
-            "SOLVER.CLIP_GRADIENTS.CLIP_TYPE",
-            clip_type,
-            "SOLVER.CLIP_GRADIENTS.CLIP_VALUE",
-            "1.0",
-            "SOLVER.BASE_LR",
-            "1.0",
-            "SOLVER.WEIGHT_DECAY",
-            "0.0",
-            # fmt: on
-        )
-        optimizer = LSNetTrainer.build_optimizer(cfg, model)
-        before = [p.detach().clone() for p in model.parameters()]
-        for p, gradient in zip(model.parameters(), (3.0, 4.0), strict=True):
-            p.grad = torch.full_like(p, gradient)
-        optimizer.step()
-        after = [p.detach() for p in model.parameters()]
-        steps[clip_type] = [float(x - y) for x, y in zip(before, after, strict=True)]
-    assert steps["full_model"] == pytest.approx([0.6, 0.8], rel=1e-4)
-    assert steps["norm"] == pytest.approx([1.0, 1.0], rel=1e-4)
 
 
 # --- training

@@ -70,6 +70,7 @@ class LSNet(DenseDetector):
         cls_loss_weight: float = 1.0,
         focal_loss_alpha: float = 0.25,
         focal_loss_gamma: float = 2.0,
+        init_positives: int = 1,
         atss_topk: int = 9,
         ignore_crowd: bool = True,
         test_score_thresh: float = 0.05,
@@ -86,6 +87,7 @@ class LSNet(DenseDetector):
             backbone, head_in_features, pixel_mean, pixel_std: see :class:`DenseDetector`.
             head: predicts vectors for the same branches.
             branches: the first one supplies the boxes of assignment and NMS.
+            init_positives: anchor points that each object takes in the init stage.
             ignore_crowd: leave points inside ``ignore_boxes``, and inside objects without what the
                 first branch learns, out of the classification loss.
             test_topk_candidates: points kept per level before NMS.
@@ -102,6 +104,7 @@ class LSNet(DenseDetector):
         self.cls_loss_weight = cls_loss_weight
         self.focal_loss_alpha = focal_loss_alpha
         self.focal_loss_gamma = focal_loss_gamma
+        self.init_positives = init_positives
         self.atss_topk = atss_topk
         self.ignore_crowd = ignore_crowd
         self.test_score_thresh = test_score_thresh
@@ -126,6 +129,7 @@ class LSNet(DenseDetector):
             "cls_loss_weight": cfg.MODEL.LSNET.CLS_LOSS_WEIGHT,
             "focal_loss_alpha": cfg.MODEL.LSNET.FOCAL_LOSS_ALPHA,
             "focal_loss_gamma": cfg.MODEL.LSNET.FOCAL_LOSS_GAMMA,
+            "init_positives": cfg.MODEL.LSNET.INIT_POSITIVES,
             "atss_topk": cfg.MODEL.LSNET.ATSS_TOPK,
             "ignore_crowd": cfg.MODEL.LSNET.IGNORE_CROWD,
             "test_score_thresh": cfg.MODEL.LSNET.SCORE_THRESH_TEST,
@@ -257,6 +261,7 @@ class LSNet(DenseDetector):
                     target.boxes,
                     valid=valid[image],
                     base_scale=_BASE_SCALE,
+                    num_positives=self.init_positives,
                 )
             )
             assignment, _ = assign_atss(
