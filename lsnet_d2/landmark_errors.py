@@ -29,7 +29,7 @@ from pycocotools.coco import COCO
 from tabulate import tabulate
 
 from .data.extreme_points import extreme_points
-from .data.polygons import segmentation_to_polygons
+from .data.polygons import segmentation_holes, segmentation_to_polygons
 from .errors import UserError
 
 SCORE_FLOOR = 0.3
@@ -81,10 +81,20 @@ class TrueObject:
         Raises:
             UserError: the segmentation is malformed.
         """
+        return self._outlines(segmentation_to_polygons)
+
+    @cached_property
+    def holes(self) -> list[np.ndarray]:
+        """Outlines of its holes.
+
+        Raises:
+            UserError: the segmentation is malformed.
+        """
+        return self._outlines(segmentation_holes)
+
+    def _outlines(self, read: Callable[[Any, int, int], list[np.ndarray]]) -> list[np.ndarray]:
         try:
-            return segmentation_to_polygons(
-                self.annotation.get("segmentation"), self.height, self.width
-            )
+            return read(self.annotation.get("segmentation"), self.height, self.width)
         except ValueError as error:
             raise UserError(
                 f"annotation {self.annotation['id']} of image {self.annotation['image_id']}: "
@@ -103,9 +113,9 @@ def contour_error(contour: np.ndarray, true: TrueObject) -> float:
     """Pixels, see above; NaN without a segmentation. ``contour`` (P, 2)."""
     if not true.polygons:
         return np.nan
-    contour = contour[:, :2]
-    there = distance_to_outline(contour, true.polygons)
-    back = distance_to_outline(sample_outline(true.polygons, OUTLINE_SAMPLES), [contour])
+    contour, outlines = contour[:, :2], true.polygons + true.holes
+    there = distance_to_outline(contour, outlines)
+    back = distance_to_outline(sample_outline(outlines, OUTLINE_SAMPLES), [contour])
     return (there.mean() + back.mean()) / 2
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from lsnet_d2.data.annotation_checks import raise_problems
 from lsnet_d2.data.coco_json import read_coco_json
 from lsnet_d2.data.contours import CONTOUR_METHODS, MAX_POINTS, MIN_POINTS, resample_contour
-from lsnet_d2.data.polygons import bounding_box, segmentation_to_polygons
+from lsnet_d2.data.polygons import bounding_box, segmentation_holes, segmentation_to_polygons
 from lsnet_d2.errors import UserError, exit_on_user_error
 from lsnet_d2.ground_truth import coco_index, complete_annotations
 
@@ -32,6 +32,7 @@ class Object:
 
     annotation: dict
     parts: list[np.ndarray]
+    holes: list[np.ndarray]
     rle: dict
 
 
@@ -70,6 +71,7 @@ def read_objects(json_file: str) -> tuple[COCO, list[Object]]:
             size = sizes[annotation["image_id"]]
             segmentation = annotation.get("segmentation")
             parts = segmentation_to_polygons(segmentation, *size)
+            holes = segmentation_holes(segmentation, *size)
         except ValueError as error:
             problems.append(f"annotation {annotation['id']}: {error}")
             continue
@@ -84,7 +86,7 @@ def read_objects(json_file: str) -> tuple[COCO, list[Object]]:
         annotation = {"area": float(mask_util.area(rle)), **annotation, "segmentation": rle}
         kept.append(annotation)
         if not annotation.get("iscrowd"):
-            objects.append(Object(annotation=annotation, parts=parts, rle=rle))
+            objects.append(Object(annotation=annotation, parts=parts, holes=holes, rle=rle))
     raise_problems(json_file, problems)
 
     dataset = {**data, "annotations": kept}
@@ -105,7 +107,11 @@ def score(truth: COCO, objects: list[Object], method: str, num_points: int) -> l
         x, y, width, height = item.annotation["bbox"]
         start = time.perf_counter()
         contour = resample_contour(
-            item.parts, num_points, method=method, box=(x, y, x + width, y + height)
+            item.parts,
+            num_points,
+            method=method,
+            holes=item.holes,
+            box=(x, y, x + width, y + height),
         )
         seconds += time.perf_counter() - start
         rle = to_rle([contour], *item.rle["size"])

@@ -31,6 +31,7 @@ def resample_contour(
     num_points: int = 36,
     *,
     method: str = "adaptive",
+    holes: Sequence[np.ndarray] = (),
     box: Sequence[float] | None = None,
 ) -> np.ndarray:
     """The contour of an object.
@@ -41,7 +42,9 @@ def resample_contour(
     most, become points. The first point is the outline's nearest to the middle of the upper side,
     or a key vertex within a quarter of an even spacing of it. The others are spread evenly between
     them, with as many in each gap as keeps all points close to where even spacing puts them. So the
-    points' bounding box is exactly that of the object. Holes cannot be shown; they stay filled.
+    points' bounding box is exactly that of the object. After the parts, the contour crosses from
+    its first point to each hole and goes around that the other way, so that the even-odd rule
+    leaves the hole open.
 
     "reference" is the released LSNet code's sampling (``loading.py``, ``lsnet_head.py``): evenly
     along the largest part, past most vertices. See :func:`reference_contours`.
@@ -51,6 +54,7 @@ def resample_contour(
             any direction. Two points or one will do, and enclose nothing.
         num_points: P, 8 to 128.
         method: one of ``CONTOUR_METHODS``.
+        holes: outlines of holes, each (n, 2); "reference" fills them.
         box: XYXY that "reference" takes when no part is large enough; by default, that of the
             polygons.
 
@@ -66,7 +70,7 @@ def resample_contour(
         contours = reference_contours(polygons, num_points, box=box)
         return max(contours, key=lambda contour: abs(signed_area(contour)))
     parts = _checked(polygons, num_points)
-    outline = _start_at_top(join_parts(parts))
+    outline = _open_holes(_start_at_top(join_parts(parts)), holes)
     keys = _key_vertices(outline, num_points)
     return _place(*_settle_start(outline, keys, num_points), num_points)
 
@@ -178,6 +182,22 @@ def _start_at_top(outline: np.ndarray) -> np.ndarray:
     if share[edge] == 0 or share[edge] == 1:
         return np.roll(outline, -edge - int(share[edge]), axis=0)
     return np.concatenate([[top + away[edge]], outline[edge + 1 :], outline[: edge + 1]])
+
+
+def _open_holes(outline: np.ndarray, holes: Sequence[np.ndarray]) -> np.ndarray:
+    """The outline, and after it each hole, clockwise, from its vertex nearest to the start on.
+
+    The bridges go from the start to the holes: there a small change of the shape leaves them where
+    they are, other than between the closest vertices of two outlines that run side by side.
+    """
+    start = outline[:1]
+    pieces = [outline]
+    for hole in holes:
+        ring = np.asarray(hole, dtype=np.float64)
+        ring = ring if signed_area(ring) > 0 else ring[::-1]
+        ring = np.roll(ring, -((ring - start) ** 2).sum(axis=1).argmin(), axis=0)
+        pieces += [start, ring, ring[:1]]
+    return np.concatenate(pieces)
 
 
 def _key_vertices(outline: np.ndarray, num_points: int) -> np.ndarray:

@@ -19,7 +19,7 @@ from .contours import CONTOUR_METHODS, resample_contour
 from .extreme_points import as_extreme_points, extreme_points, side_midpoints
 from .images import ImageError, read_image
 from .keypoints import keypoint_flip_indices
-from .polygons import bounding_box, decode_rle, segmentation_to_polygons
+from .polygons import bounding_box, decode_rle, segmentation_holes, segmentation_to_polygons
 from .viewport import Viewport
 
 logger = logging.getLogger(__name__)
@@ -37,6 +37,7 @@ class VisibleObject:
         name: of the annotation, for messages.
         box: (4,) XYXY.
         polygons: visible parts (n, 2) of its segmentation; empty when it has no usable one.
+        holes: visible parts of the holes in it, if contours are wanted.
         cut: whether a part of its box is out of sight.
     """
 
@@ -44,6 +45,7 @@ class VisibleObject:
     name: str
     box: np.ndarray
     polygons: list[np.ndarray]
+    holes: list[np.ndarray]
     cut: bool
 
 
@@ -186,9 +188,9 @@ class LSNetDatasetMapper(DatasetMapper):
         self, annotation: dict, name: str, box: np.ndarray, cut: bool, viewport: Viewport
     ) -> VisibleObject | None:
         try:
-            whole = segmentation_to_polygons(
-                annotation.get("segmentation"), *viewport.original_size
-            )
+            segmentation, size = annotation.get("segmentation"), viewport.original_size
+            whole = segmentation_to_polygons(segmentation, *size)
+            holes = segmentation_holes(segmentation, *size) if self.use_contour else []
         except ValueError as error:
             raise AnnotationError(f"{name}: {error}") from error
         polygons = viewport.polygons(whole)
@@ -198,7 +200,14 @@ class LSNetDatasetMapper(DatasetMapper):
             box = bounding_box(polygons)
         if not _has_area(box):
             return None
-        return VisibleObject(annotation=annotation, name=name, box=box, polygons=polygons, cut=cut)
+        return VisibleObject(
+            annotation=annotation,
+            name=name,
+            box=box,
+            polygons=polygons,
+            holes=viewport.polygons(holes),
+            cut=cut,
+        )
 
     def _to_instances(self, objects: list[VisibleObject], viewport: Viewport) -> Instances:
         instances = Instances(viewport.image_size)
@@ -224,7 +233,10 @@ class LSNetDatasetMapper(DatasetMapper):
         if not seen.polygons:
             return np.full((self.num_contour_points, 2), np.nan)
         return resample_contour(
-            seen.polygons, self.num_contour_points, method=self.contour_sampling
+            seen.polygons,
+            self.num_contour_points,
+            method=self.contour_sampling,
+            holes=seen.holes,
         )
 
     def _extreme_points(self, seen: VisibleObject, viewport: Viewport) -> np.ndarray:

@@ -13,6 +13,8 @@ from pycocotools import mask as mask_util
 
 # A polygon is a line when no vertex is farther from its longest extent than this share of it.
 _FLAT = 1e-6
+# A hole below this share of the mask that it is in is taken for noise.
+_LEAST_HOLE = 0.05
 
 
 def segmentation_to_polygons(segmentation: Any, height: int, width: int) -> list[np.ndarray]:
@@ -40,6 +42,23 @@ def segmentation_to_polygons(segmentation: Any, height: int, width: int) -> list
     except TypeError as error:
         raise ValueError(f"a segmentation that is no list of numbers: {error}") from error
     return [part for part in parts if is_usable(part)]
+
+
+def segmentation_holes(segmentation: Any, height: int, width: int) -> list[np.ndarray]:
+    """The outlines of the holes in an annotation's ``segmentation``, which an RLE alone can have.
+
+    Args:
+        segmentation, height, width: as in :func:`segmentation_to_polygons`.
+
+    Returns:
+        See :func:`mask_holes`.
+
+    Raises:
+        ValueError: an RLE is damaged.
+    """
+    if not isinstance(segmentation, dict):
+        return []
+    return mask_holes(decode_rle(segmentation, height, width))
 
 
 def check_form(segmentation: Any, image_size: tuple[int, int] | None) -> None:
@@ -207,6 +226,29 @@ def mask_to_polygons(mask: np.ndarray) -> list[np.ndarray]:
     outlines, _ = cv2.findContours(corners, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     return [
         outline.reshape(-1, 2) + np.array([left, top], dtype=np.float64) for outline in outlines
+    ]
+
+
+def mask_holes(mask: np.ndarray) -> list[np.ndarray]:
+    """Outlines of the holes in a mask, drawn as :func:`mask_to_polygons` draws regions.
+
+    A hole is what no path from pixel to pixel, across their sides, connects with the border.
+    Those below a twentieth of the mask's area are left out.
+
+    Args:
+        mask: (H, W), non-zero inside.
+    """
+    inside = (mask != 0).astype(np.uint8)
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(
+        1 - np.pad(inside, 1), connectivity=4
+    )
+    least = _LEAST_HOLE * inside.sum()
+    outside = labels[0, 0]
+    return [
+        outline
+        for label in range(1, count)
+        if label != outside and stats[label, cv2.CC_STAT_AREA] >= least
+        for outline in mask_to_polygons(labels[1:-1, 1:-1] == label)
     ]
 
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from parity import Recorded
+from pycocotools import mask as mask_util
 
 from lsnet_d2.data.contours import (
     CONTOUR_METHODS,
@@ -17,7 +18,7 @@ from lsnet_d2.data.contours import (
     resample_contour,
     spread_over_edges,
 )
-from lsnet_d2.data.polygons import bounding_box, mask_to_polygons
+from lsnet_d2.data.polygons import bounding_box, mask_to_polygons, polygons_to_rle
 
 # Dyadic numbers: sums and mirrored values are exact.
 COORDINATES = st.integers(-2000, 2000).map(lambda value: value / 8)
@@ -214,6 +215,46 @@ def test_parts_inside_others_and_specks_are_left_out():
     outside = speck + [70, 0]
     joined = resample_contour([SQUARE, outside])
     np.testing.assert_array_equal(bounding_box([joined]), [0, 0, 112, 100])
+
+
+def test_a_hole_is_left_open():
+    hole = SQUARE / 2 + 25
+    for ring in (hole, hole[::-1], np.roll(hole, 1, axis=0)):
+        contour = resample_contour([SQUARE], 60, holes=[ring])
+        np.testing.assert_allclose(contour[0], [50, 0])
+        assert signed_area(contour) == pytest.approx(-(100**2 - 50**2), rel=1e-3)
+    inner = (contour > 24).all(axis=1) & (contour < 76).all(axis=1)
+    # first all around the outside, then, after the bridge, the hole
+    assert not inner[:36].any() and 18 <= inner.sum() <= 21
+    np.testing.assert_array_equal(
+        resample_contour([SQUARE], method="reference", holes=[hole]),
+        resample_contour([SQUARE], method="reference"),
+    )
+
+
+@given(SEEDS, st.floats(0.3, 0.8), st.integers(36, 128))
+def test_contour_of_a_ring_encloses_its_mask(seed, share, num_points):
+    rng = np.random.default_rng(seed)
+    angles = rng.uniform(0, 6) + np.arange(48) * np.pi / 24
+    disk = np.stack([np.cos(angles), np.sin(angles)], axis=1) * rng.uniform(40, 100, 2)
+    centre = rng.uniform(-0.5, 0.5) * (1 - share) * disk[0]
+    contour = resample_contour([disk], num_points, holes=[disk * share + centre])
+    np.testing.assert_array_equal(bounding_box([contour]), bounding_box([disk]))
+    area, hole = -abs(signed_area(disk)), -abs(signed_area(disk)) * share**2
+    assert signed_area(contour) == pytest.approx(area - hole, rel=0.1)
+
+
+def test_holes_in_several_parts():
+    parts = [SQUARE, SQUARE + [120, 0]]
+    holes = [SQUARE / 2 + 25, SQUARE / 2 + [145, 25]]
+    contour = resample_contour(parts, 128, holes=holes)
+    np.testing.assert_array_equal(bounding_box([contour]), [0, 0, 220, 100])
+    mask = np.zeros((100, 220), np.uint8)
+    for part, value in [*((part, 1) for part in parts), *((hole, 0) for hole in holes)]:
+        cv2.fillPoly(mask, [part.astype(np.int32)], value)
+    (rle,) = polygons_to_rle(contour[None], 100, 220)
+    found = mask_util.decode(rle)
+    assert (found & mask).sum() / (found | mask).sum() > 0.95
 
 
 def test_outline_of_a_mask():

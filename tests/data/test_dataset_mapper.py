@@ -18,6 +18,7 @@ from lsnet_d2 import add_lsnet_config
 from lsnet_d2.data.annotation_checks import AnnotationError
 from lsnet_d2.data.dataset_mapper import LSNetDatasetMapper
 from lsnet_d2.data.images import ImageError
+from lsnet_d2.data.polygons import polygons_to_rle
 from lsnet_d2.errors import ConfigError
 
 HEIGHT, WIDTH = 60, 100
@@ -452,6 +453,17 @@ def test_contours_follow_the_augmentation_and_are_nan_without_a_mask(image):
     low, high = contour.amin(dim=0).tolist(), contour.amax(dim=0).tolist()
     assert low == [WIDTH - 60, 10] and high == [WIDTH - 20, 50]
     assert contour[1, 0] < contour[0, 0] < contour[-1, 0]
+
+
+def test_contour_of_a_mask_leaves_its_hole_open(image):
+    ring = np.zeros((HEIGHT, WIDTH), np.uint8)
+    cv2.circle(ring, (40, 30), 18, 1, thickness=6)
+    make = mapper(T.HFlipTransform(WIDTH), use_contour=True, num_contour_points=72)
+    objects = make(record(image, annotation(segmentation=rle(ring))))["instances"]
+    (found,) = polygons_to_rle(objects.gt_contours.numpy(), HEIGHT, WIDTH)
+    found, expected = mask_util.decode(found), ring[:, ::-1]
+    assert not found[30, WIDTH - 40]
+    assert (found & expected).sum() / (found | expected).sum() > 0.9
 
 
 def test_unknown_contour_sampling_names_the_key(image):

@@ -16,8 +16,10 @@ from lsnet_d2.data.polygons import (
     clip_polygons,
     decode_rle,
     is_usable,
+    mask_holes,
     mask_to_polygons,
     polygons_to_rle,
+    segmentation_holes,
     segmentation_to_polygons,
 )
 
@@ -235,6 +237,32 @@ def test_outline_of_a_mask_goes_round_its_pixels():
     mask[6:8, 7:9] = 1
     assert len(mask_to_polygons(mask)) == 2
     assert bounding_box(mask_to_polygons(mask)).tolist() == [4, 3, 9, 8]
+
+
+def test_holes_of_a_mask():
+    mask = np.zeros((40, 50), np.uint8)
+    mask[5:35, 10:40] = 1
+    assert mask_holes(mask) == []
+    mask[10:20, 15:25] = 0
+    mask[25:33, 30:38] = 0
+    mask[28, 33] = 1  # an island
+    mask[6, 11] = 0  # too small to count
+    mask[5:9, 38] = 0  # open to the outside
+    holes = sorted(mask_holes(mask), key=lambda hole: hole[0, 0])
+    assert [bounding_box([hole]).tolist() for hole in holes] == [[15, 10, 25, 20], [30, 25, 38, 33]]
+    assert [abs(area(hole)) for hole in holes] == [100, 64]
+    assert mask_holes(np.ones((4, 4))) == mask_holes(np.zeros((4, 4))) == []
+
+
+def test_holes_of_a_segmentation():
+    mask = np.ones((20, 30), np.uint8)
+    mask[5:15, 5:25] = 0
+    rle = mask_util.encode(np.asfortranarray(mask))
+    (hole,) = segmentation_holes(rle, 20, 30)
+    assert bounding_box([hole]).tolist() == [5, 5, 25, 15]
+    # of COCO's polygons one inside another adds nothing and takes nothing away
+    assert segmentation_holes([[0, 0, 9, 0, 9, 9], [1, 1, 2, 1, 2, 2]], 20, 30) == []
+    assert segmentation_holes(None, 20, 30) == []
 
 
 def test_rle_as_recorded():
