@@ -219,8 +219,10 @@ class LSNetTrainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
+        # Loading a data set enters its keypoints into the metadata, which the mapper reads.
+        dataset = load_training_data(cfg)
         return build_detection_train_loader(
-            cfg, mapper=build_mapper(cfg, is_train=True), dataset=load_training_data(cfg)
+            cfg, mapper=build_mapper(cfg, is_train=True), dataset=dataset
         )
 
     @classmethod

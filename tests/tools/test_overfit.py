@@ -56,6 +56,27 @@ def test_trains_and_evaluates_on_the_same_images(data):
     assert (output / "model_final.pth").exists()
 
 
+def test_keypoints_are_those_of_the_file(data):
+    """Their names are known only when the file has been read, which the mapper needs."""
+    path = tiny_coco.json_file(data, "train")
+    dataset = json.loads(path.read_text())
+    names = ["left_tip", "right_tip", "stem"]
+    dataset["categories"] = [{**dataset["categories"][0], "keypoints": names, "skeleton": []}]
+    for annotation in dataset["annotations"]:
+        annotation.update(category_id=1, keypoints=[20, 15, 2, 25, 20, 2, 22, 25, 1])
+    path.write_text(json.dumps(dataset))
+    sigmas = ("TEST.KEYPOINT_OKS_SIGMAS", "[0.1, 0.1, 0.1]")
+    result = run_tool(
+        "overfit.py",
+        *(path, data / "coco" / "train2017", "--keypoints", "--num-images", 2),
+        *("--config-file", tiny_coco.write_config(data, "LSNet"), "--output", data / "output"),
+        *("--opts", "SOLVER.MAX_ITER", 1, "MODEL.LSNET.TASK", "pose_bbox"),
+        *("MODEL.LSNET.NUM_KEYPOINTS", 3, *sigmas),
+    )
+    assert result.returncode == 0, result.stderr
+    assert "loss_pose_refine" in (data / "output" / "metrics.json").read_text()
+
+
 def test_nothing_to_learn_is_said(data):
     empty = data / "empty.json"
     empty.write_text(json.dumps({"images": [], "annotations": [], "categories": []}))
