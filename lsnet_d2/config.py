@@ -45,6 +45,10 @@ def add_lsnet_config(cfg: CN) -> None:
     # Corner point verification.
     cfg.MODEL.LSNET.CPV = False
 
+    # Feature maps of the backbone that a third stage looks at, which moves each landmark of the
+    # points that matter (not in the paper). Empty: there is no third stage.
+    cfg.MODEL.LSNET.POLISH_IN_FEATURES = []
+
     # --- targets and losses
     # Length given to the unused side of a vector, relative to the used one.
     cfg.MODEL.LSNET.CROSS_IOU_ALPHA = 0.2
@@ -63,6 +67,7 @@ def add_lsnet_config(cfg: CN) -> None:
     # paper's for the task; 1 and 2 for every branch of a joint model.
     cfg.MODEL.LSNET.INIT_LOSS_WEIGHTS = []
     cfg.MODEL.LSNET.REFINE_LOSS_WEIGHTS = []
+    cfg.MODEL.LSNET.POLISH_LOSS_WEIGHT = 2.0
     # What an object without a labelled keypoint teaches the pose. False: nothing. True: the
     # vector to its centre, as in the released code.
     cfg.MODEL.LSNET.TRAIN_UNLABELLED_POSES = False

@@ -1,5 +1,6 @@
 """The LSNet meta-architecture (arXiv 2104.04899)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,7 +19,9 @@ from .assigners import assign_atss, assign_nearest
 from .head import HeadOutput, LSNetHead
 from .landmarks import LandmarkBranch, LandmarkTargets, build_branches
 from .points import AnchorPoints, make_anchor_points, points_in_boxes
+from .polish import build_polish
 from .postprocessing import make_instances, rescale_instances, select_detections, top_points
+from .vectors import encode_vectors
 
 __all__ = ["LSNet"]
 
@@ -67,6 +70,9 @@ class LSNet(DenseDetector):
         head_in_features: list[str],
         branches: list[LandmarkBranch],
         num_classes: int,
+        polish: nn.ModuleDict | None = None,
+        polish_in_features: Sequence[str] = (),
+        polish_loss_weight: float = 2.0,
         cls_loss_weight: float = 1.0,
         focal_loss_alpha: float = 0.25,
         focal_loss_gamma: float = 2.0,
@@ -87,6 +93,9 @@ class LSNet(DenseDetector):
             backbone, head_in_features, pixel_mean, pixel_std: see :class:`DenseDetector`.
             head: predicts vectors for the same branches.
             branches: the first one supplies the boxes of assignment and NMS.
+            polish: by name of the branch, what moves its landmarks in a third stage; None: nothing.
+            polish_in_features: the backbone's features that it looks at.
+            polish_loss_weight: of the third stage.
             init_positives: anchor points that each object takes in the init stage.
             ignore_crowd: leave points inside ``ignore_boxes``, and inside objects without what the
                 first branch learns, out of the classification loss.
@@ -101,6 +110,9 @@ class LSNet(DenseDetector):
         self.strides = [shapes[name].stride for name in head_in_features]
         self.branches = branches
         self.num_classes = num_classes
+        self.polish = polish
+        self.polish_in_features = list(polish_in_features)
+        self.polish_loss_weight = polish_loss_weight
         self.cls_loss_weight = cls_loss_weight
         self.focal_loss_alpha = focal_loss_alpha
         self.focal_loss_gamma = focal_loss_gamma
@@ -126,6 +138,9 @@ class LSNet(DenseDetector):
             "head_in_features": in_features,
             "branches": branches,
             "num_classes": cfg.MODEL.LSNET.NUM_CLASSES,
+            "polish": build_polish(cfg, shapes, branches),
+            "polish_in_features": cfg.MODEL.LSNET.POLISH_IN_FEATURES,
+            "polish_loss_weight": cfg.MODEL.LSNET.POLISH_LOSS_WEIGHT,
             "cls_loss_weight": cfg.MODEL.LSNET.CLS_LOSS_WEIGHT,
             "focal_loss_alpha": cfg.MODEL.LSNET.FOCAL_LOSS_ALPHA,
             "focal_loss_gamma": cfg.MODEL.LSNET.FOCAL_LOSS_GAMMA,
@@ -148,9 +163,10 @@ class LSNet(DenseDetector):
         features = self.backbone(images.tensor)
         predictions = self.head([features[name] for name in self.head_in_features])
         points = make_anchor_points(predictions.sizes, self.strides, images.device)
+        fine = [features[name] for name in self.polish_in_features]
         if self.training:
-            return self.losses(points, predictions, images.image_sizes, batched_inputs)
-        results = self.inference(points, predictions, images)
+            return self.losses(points, predictions, fine, images.image_sizes, batched_inputs)
+        results = self.inference(points, predictions, fine, images)
         return [
             {
                 "instances": rescale_instances(
@@ -170,6 +186,7 @@ class LSNet(DenseDetector):
         self,
         points: AnchorPoints,
         predictions: HeadOutput,
+        fine: list[Tensor],
         image_sizes: list[tuple[int, int]],
         batched_inputs: list[dict],
     ) -> dict[str, Tensor]:
@@ -202,6 +219,11 @@ class LSNet(DenseDetector):
                 loss = self.landmark_loss(branch, points, vectors[i], positives, targets[i])
                 weight = branch.loss_weights[stage]
                 losses[f"loss_{branch.name}_{stage}"] = weight * loss / normalizers[i + 1]
+        if self.polish is not None:  # of what the refine stage found
+            for i, branch in enumerate(self.branches):
+                loss = self.polish_loss(branch, points, vectors[i], fine, positives, targets[i])
+                weight = self.polish_loss_weight
+                losses[f"loss_{branch.name}_polish"] = weight * loss / normalizers[i + 1]
         # Classes are learned where the refine stage has its objects.
         counted = valid & ~((refine < 0) & ignored)
         loss = self.classification_loss(predictions.logits, refine, gt_classes, counted)
@@ -351,10 +373,47 @@ class LSNet(DenseDetector):
         )
         return loss.sum()
 
+    def polish_loss(
+        self,
+        branch: LandmarkBranch,
+        points: AnchorPoints,
+        vectors: Tensor,
+        fine: list[Tensor],
+        positives: Positives,
+        targets: LandmarkTargets,
+    ) -> Tensor:
+        """Loss of a branch's third stage, as :meth:`landmark_loss` has it of the others.
+
+        Args:
+            vectors: of the refine stage; no gradient flows into them.
+            fine: the feature maps that the third stage looks at.
+        """
+        polish = self.polish[branch.name]
+        positives = positives[targets.present[positives.object]]
+        if len(positives) == 0:
+            return sum(parameter.sum() * 0 for parameter in polish.parameters())
+        anchors, stride = points.xy[positives.point], points.strides[positives.point]
+        vectors = vectors[positives.image, positives.point].detach().float()
+        landmarks = branch.decode(vectors, anchors, stride)
+        moved = polish(fine, positives.image, landmarks)
+        moved = encode_vectors(moved - anchors[:, None], branch.alpha)
+        centers = vectors[:, -1:] * stride[:, None, None]
+        loss = branch.loss(
+            torch.cat([moved, centers], dim=1),
+            targets[positives.object],
+            anchors,
+            _BASE_SCALE * stride,
+        )
+        return loss.sum()
+
     # ------------------------------------------------------------------ inference
 
     def inference(
-        self, points: AnchorPoints, predictions: HeadOutput, images: ImageList
+        self,
+        points: AnchorPoints,
+        predictions: HeadOutput,
+        fine: list[Tensor],
+        images: ImageList,
     ) -> list[Instances]:
         """Detections of each image, in pixels of the network's input."""
         scores = predictions.logits.float().sigmoid()
@@ -363,6 +422,7 @@ class LSNet(DenseDetector):
                 points,
                 scores[image],
                 [vectors[image].float() for vectors in predictions.refine],
+                [feature[image : image + 1] for feature in fine],
                 size,
             )
             for image, size in enumerate(images.image_sizes)
@@ -373,12 +433,14 @@ class LSNet(DenseDetector):
         points: AnchorPoints,
         scores: Tensor,
         vectors: list[Tensor],
+        fine: list[Tensor],
         image_size: tuple[int, int],
     ) -> Instances:
         """
         Args:
             scores: (A, K).
             vectors: per branch (A, V + 1, 4) in cells.
+            fine: each (1, C, H, W), the feature maps that the third stage looks at.
             image_size: (height, width).
         """
         kept = top_points(scores, points.per_level, self.test_topk_candidates)
@@ -396,6 +458,12 @@ class LSNet(DenseDetector):
             nms_thresh=self.test_nms_thresh,
             max_detections=self.max_detections_per_image,
         )
-        return make_instances(
-            image_size, boxes[point], scores, classes, self.branches, [x[point] for x in landmarks]
-        )
+        boxes, landmarks = boxes[point], [x[point] for x in landmarks]
+        if self.polish is not None:
+            image = torch.zeros_like(point)
+            landmarks = [
+                self.polish[branch.name](fine, image, x)
+                for branch, x in zip(self.branches, landmarks, strict=True)
+            ]
+            boxes = self.branches[0].boxes(landmarks[0])
+        return make_instances(image_size, boxes, scores, classes, self.branches, landmarks)

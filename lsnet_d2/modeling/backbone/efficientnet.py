@@ -34,7 +34,12 @@ _STEM_CHANNELS = 32
 _NORM_EPS = 1e-3
 _NORMS = (FIXED_NORM, "BN", "SyncBN", "naiveSyncBN", "FrozenBN")
 # The last block of each resolution: (stride, channels) by block
-_TAPS = {4: ("stride8", 8, 40), 10: ("stride16", 16, 112), 15: ("stride32", 32, 320)}
+_TAPS = {
+    2: ("stride4", 4, 24),
+    4: ("stride8", 8, 40),
+    10: ("stride16", 16, 112),
+    15: ("stride32", 32, 320),
+}
 
 
 def _norm(name: str, channels: int) -> nn.Module:
@@ -96,7 +101,8 @@ class EfficientNetLite0(Backbone):
     (value - 127) / 128.
 
     Args:
-        out_features: some of "stride8", "stride16" and "stride32", with 40, 112, 320 channels.
+        out_features: some of "stride4", "stride8", "stride16" and "stride32"; they have 24, 40, 112
+            and 320 channels.
         freeze_at: 0: train all; 1: the stem is fixed, its statistics too; n: also the first n - 1
             of 7 stages.
         norm: "FixedBN", or a batch norm of Detectron2's: "BN", "SyncBN", "naiveSyncBN", "FrozenBN".

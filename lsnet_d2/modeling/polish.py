@@ -1,0 +1,136 @@
+"""A third stage, on chosen points only: every landmark is moved by what the image shows there.
+
+The paper's two stages predict all landmarks of an anchor point at once, and the second one looks at
+nine places. Here each landmark is a token: the features under it, where it is in the object, and
+which one it is. Self-attention (arXiv 1706.03762) lets the tokens of an object agree, and each then
+says how far it moves. Since it runs on the positives of training and on final detections alone, it
+costs little.
+
+Letters: N points, V landmarks, C channels.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from torch import Tensor, nn
+
+from ..layers.bilinear import bilinear_corners
+from ..layers.row_sum import RowIndex, weighted_row_sum
+from .landmarks import LandmarkBranch
+
+_HEADS = 4
+# Displacements are predicted in units of this share of the object's size.
+_STEP = 0.1
+
+
+def sample_features(features: Tensor, stride: int, image: Tensor, points: Tensor) -> Tensor:
+    """Features at places of the images, interpolated; zero outside.
+
+    Args:
+        features: (B, C, H, W), cell (i, j) lying at x = j * stride, y = i * stride.
+        image: (N,), in which image the points are.
+        points: (N, V, 2) as x, y in pixels of the network's input.
+
+    Returns:
+        (N, V, C).
+    """
+    images, channels, height, width = features.shape
+    x, y = (points.to(features.dtype) / stride).unbind(-1)
+    pixel, weight = bilinear_corners(y, x, height, width)
+    rows = image.to(pixel.dtype)[:, None, None] * (height * width) + pixel
+    table = features.permute(0, 2, 3, 1).reshape(-1, channels)
+    index = RowIndex(rows.view(-1, 4), images * height * width)
+    return weighted_row_sum(table, index, weight.reshape(-1, 4)).view(*points.shape[:2], channels)
+
+
+class LandmarkPolish(nn.Module):
+    """Moves the landmarks of one branch."""
+
+    def __init__(
+        self,
+        num_landmarks: int,
+        in_channels: int,
+        strides: list[int],
+        *,
+        channels: int = 64,
+        num_layers: int = 2,
+    ) -> None:
+        """
+        Args:
+            num_landmarks: V.
+            in_channels: of all feature maps together.
+            strides: of the feature maps.
+            channels: width of the tokens, a multiple of 4.
+            num_layers: of self-attention.
+        """
+        super().__init__()
+        self.strides = strides
+        self.appearance = nn.Linear(in_channels, channels)
+        self.place = nn.Linear(2, channels)
+        self.identity = nn.Parameter(torch.randn(num_landmarks, channels) * 0.02)
+        layer = nn.TransformerEncoderLayer(
+            channels, _HEADS, 2 * channels, dropout=0.0, batch_first=True, norm_first=True
+        )
+        self.layers = nn.TransformerEncoder(layer, num_layers, enable_nested_tensor=False)
+        self.norm = nn.LayerNorm(channels)
+        self.out = nn.Linear(channels, 2)
+        # At first nothing moves.
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, features: list[Tensor], image: Tensor, landmarks: Tensor) -> Tensor:
+        """
+        Args:
+            features: per stride (B, C, H, W).
+            image: (N,), in which image the points are.
+            landmarks: (N, V, 2) in pixels of the network's input.
+
+        Returns:
+            (N, V, 2), the moved landmarks.
+        """
+        if len(landmarks) == 0:
+            return landmarks
+        low, high = landmarks.amin(dim=1), landmarks.amax(dim=1)
+        size = (high - low).norm(dim=1).clamp(min=1)[:, None, None]
+        place = (landmarks - ((low + high) / 2)[:, None]) / size
+        sampled = torch.cat(
+            [
+                sample_features(feature, stride, image, landmarks)
+                for feature, stride in zip(features, self.strides, strict=True)
+            ],
+            dim=2,
+        )
+        tokens = self.appearance(sampled) + self.place(place.to(sampled)) + self.identity
+        moves = self.out(self.norm(self.layers(tokens)))
+        return landmarks + _STEP * size * moves.to(landmarks)
+
+
+def build_polish(
+    cfg: CfgNode, shapes: Mapping[str, ShapeSpec], branches: list[LandmarkBranch]
+) -> nn.ModuleDict | None:
+    """A :class:`LandmarkPolish` for each branch, by its name; None without
+    ``MODEL.LSNET.POLISH_IN_FEATURES``.
+
+    Args:
+        shapes: of the backbone's features.
+
+    Raises:
+        ValueError: the backbone has no such feature; the message names the key.
+    """
+    names = list(cfg.MODEL.LSNET.POLISH_IN_FEATURES)
+    if not names:
+        return None
+    if set(names) - set(shapes):
+        raise ValueError(
+            f"MODEL.LSNET.POLISH_IN_FEATURES is {names}; the backbone has {', '.join(shapes)}"
+        )
+    channels = sum(shapes[name].channels for name in names)
+    strides = [shapes[name].stride for name in names]
+    return nn.ModuleDict(
+        {
+            branch.name: LandmarkPolish(branch.num_landmarks, channels, strides)
+            for branch in branches
+        }
+    )

@@ -1,0 +1,118 @@
+import pytest
+import torch
+from detectron2.utils.events import EventStorage
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_model import make_input, tiny_model
+
+from lsnet_d2.modeling.polish import LandmarkPolish, sample_features
+
+BOXES = [[10, 12, 60, 70], [70, 20, 120, 90], [30, 40, 44, 60]]
+BRANCHES = ["extreme", "contour", "keypoint"]
+
+
+def polished_model(**lsnet):
+    return tiny_model(TASK="joint", BRANCHES=BRANCHES, POLISH_IN_FEATURES=["p3", "p4"], **lsnet)
+
+
+def losses_of(model, inputs):
+    with EventStorage():
+        return model(inputs)
+
+
+@given(st.integers(1, 40), st.integers(1, 30), st.sampled_from([4, 8]))
+def test_features_are_interpolated_in_pixels_of_the_image(x, y, stride):
+    rows, columns = torch.meshgrid(torch.arange(9.0), torch.arange(12.0), indexing="ij")
+    # in image 1 the features are the coordinates of their cells
+    ramps = torch.stack([columns, rows]) * stride
+    features = torch.stack([torch.zeros_like(ramps), ramps])
+    point = torch.tensor([x, y]).minimum(torch.tensor([11 * stride, 8 * stride])).double()
+    points = torch.stack([point, point]).view(2, 1, 2)
+    sampled = sample_features(features.double(), stride, torch.tensor([1, 0]), points)
+    torch.testing.assert_close(sampled[0, 0], point)
+    assert sampled[1].abs().max() == 0
+
+
+def test_nothing_moves_at_first():
+    polish = LandmarkPolish(5, 8, [4])
+    landmarks = torch.rand(3, 5, 2) * 30
+    features, image = [torch.randn(2, 8, 10, 10)], torch.tensor([0, 1, 1])
+    torch.testing.assert_close(polish(features, image, landmarks), landmarks)
+    assert polish(features, image[:0], landmarks[:0]).shape == (0, 5, 2)
+
+
+def test_moves_are_relative_to_the_size_of_the_object():
+    torch.manual_seed(0)
+    polish = LandmarkPolish(5, 8, [4]).eval()
+    torch.nn.init.normal_(polish.out.weight)
+    features, image = [torch.ones(1, 8, 100, 100)], torch.tensor([0, 0])
+    landmarks = torch.rand(1, 5, 2) * 30 + 60
+    both = torch.cat([landmarks, landmarks * 3])
+    small, large = polish(features, image, both) - both
+    assert small.abs().max() > 0.1
+    torch.testing.assert_close(large, 3 * small, rtol=1e-4, atol=1e-4)
+
+
+def test_every_branch_is_polished():
+    model = polished_model().train()
+    losses = losses_of(model, [make_input(BOXES, [0, 1, 2]), make_input(BOXES[:1], [1])])
+    names = {f"loss_{branch}_polish" for branch in ("bbox", "segm", "pose")}
+    assert names < set(losses)
+    for branch in ("bbox", "segm", "pose"):
+        # at first it changes nothing but the unused sides of the vectors
+        assert 0 < losses[f"loss_{branch}_polish"] < 1.2 * losses[f"loss_{branch}_refine"]
+    sum(losses.values()).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+
+
+def test_no_gradient_reaches_the_stages_before():
+    model = polished_model().train()
+    losses = losses_of(model, [make_input(BOXES, [0, 1, 2])])
+    losses["loss_segm_polish"].backward()
+    assert all(parameter.grad is None for parameter in model.head.parameters())
+    assert model.polish["segm"].out.weight.grad.abs().max() > 0
+
+
+def test_images_without_objects_keep_all_parameters_in_the_graph():
+    model = polished_model().train()
+    losses = losses_of(model, [make_input([], [])])
+    assert losses["loss_segm_polish"] == losses["loss_pose_polish"] == 0
+    sum(losses.values()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_weight_of_the_loss():
+    inputs = [make_input(BOXES, [0, 1, 2])]
+    once, twice = (
+        losses_of(polished_model(POLISH_LOSS_WEIGHT=weight).train(), inputs)["loss_pose_polish"]
+        for weight in (1.0, 2.0)
+    )
+    torch.testing.assert_close(twice, 2 * once)
+
+
+def test_detections_are_moved_and_their_boxes_follow():
+    model = polished_model(SCORE_THRESH_TEST=0.0, TOPK_CANDIDATES_TEST=50).eval()
+    # two cells up, left, down and right
+    outwards = torch.zeros(5, 4)
+    outwards[[0, 1, 2, 3], [0, 2, 1, 3]] = 2.0
+    model.head.branches["bbox"].refine.out.bias.data = outwards.flatten()
+    inputs = [make_input(BOXES, [0, 1, 2])]
+    with torch.no_grad():
+        (plain,) = model(inputs)
+        model.polish["bbox"].out.bias += torch.tensor([0.5, 0.0])
+        (moved,) = model(inputs)
+    plain, moved = plain["instances"], moved["instances"]
+    assert len(moved) == len(plain)
+    inside = (moved.pred_boxes.tensor[:, 2] < 127) & (plain.pred_boxes.tensor[:, 0] > 1)
+    assert inside.any()
+    shift = moved.pred_extreme_points[inside] - plain.pred_extreme_points[inside]
+    assert (shift[..., 0] > 0).all() and shift[..., 1].abs().max() < 1e-3
+    boxes = moved.pred_boxes.tensor[inside]
+    torch.testing.assert_close(boxes[:, 0], moved.pred_extreme_points[inside][:, 1, 0])
+    torch.testing.assert_close(moved.pred_contours, plain.pred_contours)
+
+
+def test_unknown_features_are_named():
+    with pytest.raises(ValueError, match=r"POLISH_IN_FEATURES is \['p2'\].*p3, p4"):
+        tiny_model(POLISH_IN_FEATURES=["p2"])
