@@ -48,6 +48,8 @@ def add_lsnet_config(cfg: CN) -> None:
     # Feature maps of the backbone that a third stage looks at, which moves each landmark of the
     # points that matter (not in the paper). Empty: there is no third stage.
     cfg.MODEL.LSNET.POLISH_IN_FEATURES = []
+    # How often it does so, each time with weights of its own.
+    cfg.MODEL.LSNET.POLISH_STEPS = 3
 
     # --- targets and losses
     # Length given to the unused side of a vector, relative to the used one.

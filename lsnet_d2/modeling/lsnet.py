@@ -382,7 +382,8 @@ class LSNet(DenseDetector):
         positives: Positives,
         targets: LandmarkTargets,
     ) -> Tensor:
-        """Loss of a branch's third stage, as :meth:`landmark_loss` has it of the others.
+        """Loss of a branch's third stage, as :meth:`landmark_loss` has it of the others, and the
+        mean of its steps.
 
         Args:
             vectors: of the refine stage; no gradient flows into them.
@@ -395,16 +396,15 @@ class LSNet(DenseDetector):
         anchors, stride = points.xy[positives.point], points.strides[positives.point]
         vectors = vectors[positives.image, positives.point].detach().float()
         landmarks = branch.decode(vectors, anchors, stride)
-        moved = polish(fine, positives.image, landmarks)
-        moved = encode_vectors(moved - anchors[:, None], branch.alpha)
         centers = vectors[:, -1:] * stride[:, None, None]
-        loss = branch.loss(
-            torch.cat([moved, centers], dim=1),
-            targets[positives.object],
-            anchors,
-            _BASE_SCALE * stride,
-        )
-        return loss.sum()
+        targets, losses = targets[positives.object], []
+        for moved in polish(fine, positives.image, landmarks):
+            moved = encode_vectors(moved - anchors[:, None], branch.alpha)
+            moved = torch.cat([moved, centers], dim=1)
+            losses.append(branch.loss(moved, targets, anchors, _BASE_SCALE * stride).mean())
+        for number, loss in enumerate(losses, start=1):
+            get_event_storage().put_scalar(f"lsnet/{branch.name}_polish_{number}", loss.detach())
+        return torch.stack(losses).mean() * len(positives)
 
     # ------------------------------------------------------------------ inference
 
@@ -462,7 +462,7 @@ class LSNet(DenseDetector):
         if self.polish is not None:
             image = torch.zeros_like(point)
             landmarks = [
-                self.polish[branch.name](fine, image, x)
+                self.polish[branch.name](fine, image, x)[-1]
                 for branch, x in zip(self.branches, landmarks, strict=True)
             ]
             boxes = self.branches[0].boxes(landmarks[0])

@@ -3,8 +3,9 @@
 The paper's two stages predict all landmarks of an anchor point at once, and the second one looks at
 nine places. Here each landmark is a token: the features under it, where it is in the object, and
 which one it is. Self-attention (arXiv 1706.03762) lets the tokens of an object agree, and each then
-says how far it moves. Since it runs on the positives of training and on final detections alone, it
-costs little.
+says how far it moves. That is done in steps with weights of their own: the better the landmarks
+are, the more the features under them say (as in Deep Snake, arXiv 2001.01629). Since it runs on the
+positives of training and on final detections alone, it costs little.
 
 Letters: N points, V landmarks, C channels.
 """
@@ -45,8 +46,8 @@ def sample_features(features: Tensor, stride: int, image: Tensor, points: Tensor
     return weighted_row_sum(table, index, weight.reshape(-1, 4)).view(*points.shape[:2], channels)
 
 
-class LandmarkPolish(nn.Module):
-    """Moves the landmarks of one branch."""
+class PolishStep(nn.Module):
+    """Moves the landmarks of one branch once."""
 
     def __init__(
         self,
@@ -107,6 +108,37 @@ class LandmarkPolish(nn.Module):
         return landmarks + _STEP * size * moves.to(landmarks)
 
 
+class LandmarkPolish(nn.Module):
+    """Moves the landmarks of one branch, step by step."""
+
+    def __init__(
+        self, num_landmarks: int, in_channels: int, strides: list[int], *, num_steps: int = 1
+    ) -> None:
+        """
+        Args:
+            num_landmarks, in_channels, strides: see :class:`PolishStep`.
+            num_steps: at least 1.
+        """
+        super().__init__()
+        self.steps = nn.ModuleList(
+            PolishStep(num_landmarks, in_channels, strides) for _ in range(num_steps)
+        )
+
+    def forward(self, features: list[Tensor], image: Tensor, landmarks: Tensor) -> list[Tensor]:
+        """
+        Args:
+            features, image, landmarks: see :meth:`PolishStep.forward`.
+
+        Returns:
+            The landmarks after each step. No gradient flows from a step to those before.
+        """
+        moved = []
+        for step in self.steps:
+            moved.append(step(features, image, landmarks))
+            landmarks = moved[-1].detach()
+        return moved
+
+
 def build_polish(
     cfg: CfgNode, shapes: Mapping[str, ShapeSpec], branches: list[LandmarkBranch]
 ) -> nn.ModuleDict | None:
@@ -117,7 +149,8 @@ def build_polish(
         shapes: of the backbone's features.
 
     Raises:
-        ValueError: the backbone has no such feature; the message names the key.
+        ValueError: the backbone has no such feature, or there is no step; the message names the
+            key.
     """
     names = list(cfg.MODEL.LSNET.POLISH_IN_FEATURES)
     if not names:
@@ -126,11 +159,16 @@ def build_polish(
         raise ValueError(
             f"MODEL.LSNET.POLISH_IN_FEATURES is {names}; the backbone has {', '.join(shapes)}"
         )
+    num_steps = cfg.MODEL.LSNET.POLISH_STEPS
+    if num_steps < 1:
+        raise ValueError(f"MODEL.LSNET.POLISH_STEPS is {num_steps}; it must be positive")
     channels = sum(shapes[name].channels for name in names)
     strides = [shapes[name].stride for name in names]
     return nn.ModuleDict(
         {
-            branch.name: LandmarkPolish(branch.num_landmarks, channels, strides)
+            branch.name: LandmarkPolish(
+                branch.num_landmarks, channels, strides, num_steps=num_steps
+            )
             for branch in branches
         }
     )

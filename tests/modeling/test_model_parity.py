@@ -276,7 +276,7 @@ def test_detections(case, run, variant):
     model.eval()
     with torch.no_grad():
         images, _, predictions, points = run_model(model, inputs, VARIANTS[variant])
-        results = model.inference(points, predictions, images)
+        results = model.inference(points, predictions, [], images)
     for i, result in enumerate(results):
         expected = recorded.under(f"{variant}.det_{i}")
         field = model.branches[-1].pred_field

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_model import make_input, tiny_model
 
-from lsnet_d2.modeling.polish import LandmarkPolish, sample_features
+from lsnet_d2.modeling.polish import LandmarkPolish, PolishStep, sample_features
 
 BOXES = [[10, 12, 60, 70], [70, 20, 120, 90], [30, 40, 44, 60]]
 BRANCHES = ["extreme", "contour", "keypoint"]
@@ -34,7 +34,7 @@ def test_features_are_interpolated_in_pixels_of_the_image(x, y, stride):
 
 
 def test_nothing_moves_at_first():
-    polish = LandmarkPolish(5, 8, [4])
+    polish = PolishStep(5, 8, [4])
     landmarks = torch.rand(3, 5, 2) * 30
     features, image = [torch.randn(2, 8, 10, 10)], torch.tensor([0, 1, 1])
     torch.testing.assert_close(polish(features, image, landmarks), landmarks)
@@ -43,7 +43,7 @@ def test_nothing_moves_at_first():
 
 def test_moves_are_relative_to_the_size_of_the_object():
     torch.manual_seed(0)
-    polish = LandmarkPolish(5, 8, [4]).eval()
+    polish = PolishStep(5, 8, [4]).eval()
     torch.nn.init.normal_(polish.out.weight)
     features, image = [torch.ones(1, 8, 100, 100)], torch.tensor([0, 0])
     landmarks = torch.rand(1, 5, 2) * 30 + 60
@@ -51,6 +51,21 @@ def test_moves_are_relative_to_the_size_of_the_object():
     small, large = polish(features, image, both) - both
     assert small.abs().max() > 0.1
     torch.testing.assert_close(large, 3 * small, rtol=1e-4, atol=1e-4)
+
+
+def test_each_step_starts_from_the_one_before():
+    polish = LandmarkPolish(5, 8, [4], num_steps=3).eval()
+    features, image = [torch.ones(1, 8, 100, 100)], torch.tensor([0])
+    landmarks = torch.rand(1, 5, 2) * 30 + 60
+    for step in polish.steps:
+        torch.nn.init.constant_(step.out.bias, 0.5)
+    moved = polish(features, image, landmarks)
+    assert len(moved) == 3
+    # a shape that is only shifted keeps its size, hence the length of its moves
+    first = moved[0] - landmarks
+    assert first.min() > 0.1
+    for number, places in enumerate(moved, start=1):
+        torch.testing.assert_close(places, landmarks + number * first, rtol=1e-4, atol=1e-3)
 
 
 def test_every_branch_is_polished():
@@ -71,7 +86,7 @@ def test_no_gradient_reaches_the_stages_before():
     losses = losses_of(model, [make_input(BOXES, [0, 1, 2])])
     losses["loss_segm_polish"].backward()
     assert all(parameter.grad is None for parameter in model.head.parameters())
-    assert model.polish["segm"].out.weight.grad.abs().max() > 0
+    assert all(step.out.weight.grad.abs().max() > 0 for step in model.polish["segm"].steps)
 
 
 def test_images_without_objects_keep_all_parameters_in_the_graph():
@@ -100,7 +115,8 @@ def test_detections_are_moved_and_their_boxes_follow():
     inputs = [make_input(BOXES, [0, 1, 2])]
     with torch.no_grad():
         (plain,) = model(inputs)
-        model.polish["bbox"].out.bias += torch.tensor([0.5, 0.0])
+        for step in model.polish["bbox"].steps:
+            step.out.bias += torch.tensor([0.2, 0.0])
         (moved,) = model(inputs)
     plain, moved = plain["instances"], moved["instances"]
     assert len(moved) == len(plain)
@@ -116,3 +132,5 @@ def test_detections_are_moved_and_their_boxes_follow():
 def test_unknown_features_are_named():
     with pytest.raises(ValueError, match=r"POLISH_IN_FEATURES is \['p2'\].*p3, p4"):
         tiny_model(POLISH_IN_FEATURES=["p2"])
+    with pytest.raises(ValueError, match="POLISH_STEPS is 0"):
+        polished_model(POLISH_STEPS=0)

@@ -13,7 +13,7 @@ from lsnet_d2.layers import FixedBatchNorm2d
 from lsnet_d2.modeling.backbone import EfficientNetLite0
 
 WEIGHTS = "lsnet-d2://efficientnet_lite0"
-ALL = ["stride8", "stride16", "stride32"]
+ALL = ["stride4", "stride8", "stride16", "stride32"]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,12 @@ def test_features(pretrained):
     with torch.no_grad():
         features = pretrained(torch.randn(1, 3, 96, 64))
     shapes = {name: tuple(f.shape[1:]) for name, f in features.items()}
-    assert shapes == {"stride8": (40, 12, 8), "stride16": (112, 6, 4), "stride32": (320, 3, 2)}
+    assert shapes == {
+        "stride4": (24, 24, 16),
+        "stride8": (40, 12, 8),
+        "stride16": (112, 6, 4),
+        "stride32": (320, 3, 2),
+    }
     for name, spec in pretrained.output_shape().items():
         assert spec.channels == shapes[name][0] and name == f"stride{spec.stride}"
 
