@@ -4,7 +4,8 @@
 #   make setup DETECTRON2=<path|URL|requirement>   with another Detectron2; DETECTRON2=default goes back
 #   make setup BASE_PYTHON=python3.12         on a Python of your choice
 #   make demo TASK=bbox                       train, evaluate and draw on the generated shapes;
-#                                             TASK: bbox, segm, pose_bbox, pose_kbox or joint
+#                                             TASK: bbox, segm, pose_bbox, pose_kbox, joint or
+#                                             joint_long, the only one of half an hour
 #   make test ARGS="tests/layers -x"          pytest with further arguments
 #   make test PYTHON=python                   in an environment of your own instead of .venv
 
@@ -25,7 +26,7 @@ ENV := $(if $(filter $(VENV_PYTHON),$(PYTHON)),environment)
 .PHONY: help setup environment demo test lint format clean
 
 help:
-	@sed -n 's/^#  *//p' Makefile | sed -n '2,7p'
+	@sed -n '3,/^$$/s/^#   //p' Makefile
 
 setup:
 	@$(SETUP) $(ARGS)
