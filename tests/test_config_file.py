@@ -120,7 +120,7 @@ def test_shipped_configs_build_their_models(path):
         return  # names no architecture
     model = LSNetTrainer.build_model(cfg)
     assert type(model).__name__ == cfg.MODEL.META_ARCHITECTURE
-    assert model.num_classes == num_classes(cfg)
+    assert getattr(model, "roi_heads", model).num_classes == num_classes(cfg)
 
 
 def test_config_file_is_data(tmp_path):

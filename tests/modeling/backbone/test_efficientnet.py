@@ -116,7 +116,7 @@ def test_weights_load_into_detectron2s_retinanet(published):
     cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
     cfg.MODEL.BACKBONE.NAME = "build_lsnet_efficientnet_lite0_fpn_backbone"
     cfg.MODEL.BACKBONE.FREEZE_AT = 0
-    cfg.MODEL.FPN.IN_FEATURES = ALL
+    cfg.MODEL.FPN.IN_FEATURES = ALL[1:]
     cfg.MODEL.FPN.OUT_CHANNELS = 64
     model = build_model(cfg)
     DetectionCheckpointer(model).load(f"{WEIGHTS}?matching_heuristics=True")
@@ -128,8 +128,8 @@ def test_weights_load_into_detectron2s_retinanet(published):
 
 
 def test_errors(monkeypatch):
-    with pytest.raises(ValueError, match=r"OUT_FEATURES is \['stride4'\]"):
-        EfficientNetLite0(out_features=["stride4"])
+    with pytest.raises(ValueError, match=r"OUT_FEATURES is \['stride2'\]"):
+        EfficientNetLite0(out_features=["stride2"])
     with pytest.raises(FileNotFoundError, match="efficientnet_lite0 only"):
         PathManager.get_local_path("lsnet-d2://resnet")
     assert not PathManager.exists("lsnet-d2://resnet") and PathManager.exists(WEIGHTS)
