@@ -49,7 +49,7 @@ def add_lsnet_config(cfg: CN) -> None:
     # points that matter (not in the paper). Empty: there is no third stage.
     cfg.MODEL.LSNET.POLISH_IN_FEATURES = []
     # How often it does so, each time with weights of its own.
-    cfg.MODEL.LSNET.POLISH_STEPS = 3
+    cfg.MODEL.LSNET.POLISH_STEPS = 1
 
     # --- targets and losses
     # Length given to the unused side of a vector, relative to the used one.

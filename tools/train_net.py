@@ -20,10 +20,13 @@ def run(args: argparse.Namespace) -> None:
     cfg = setup(args)
     if args.eval_only:
         evaluate(cfg)
-        return
-    trainer = LSNetTrainer(cfg)
-    trainer.resume_or_load(resume=args.resume)
-    trainer.train()
+    else:
+        trainer = LSNetTrainer(cfg)
+        trainer.resume_or_load(resume=args.resume)
+        trainer.train()
+    if torch.distributed.is_initialized():
+        # A process that exits before its group has ended its threads may be aborted.
+        torch.distributed.destroy_process_group()
 
 
 def check_processes(args: argparse.Namespace) -> None:
