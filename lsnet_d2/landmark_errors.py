@@ -29,7 +29,7 @@ from pycocotools.coco import COCO
 from tabulate import tabulate
 
 from .data.extreme_points import extreme_points
-from .data.polygons import segmentation_holes, segmentation_to_polygons
+from .data.polygons import segmentation_to_outlines
 from .errors import UserError
 
 SCORE_FLOOR = 0.3
@@ -75,31 +75,26 @@ class TrueObject:
         return float(np.sqrt(self.annotation["bbox"][2] * self.annotation["bbox"][3]))
 
     @cached_property
-    def polygons(self) -> list[np.ndarray]:
-        """Outlines of its parts; none where there is a box only.
+    def outlines(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Of its parts and of the holes in them; none where there is a box only.
 
         Raises:
             UserError: the segmentation is malformed.
         """
-        return self._outlines(segmentation_to_polygons)
-
-    @cached_property
-    def holes(self) -> list[np.ndarray]:
-        """Outlines of its holes.
-
-        Raises:
-            UserError: the segmentation is malformed.
-        """
-        return self._outlines(segmentation_holes)
-
-    def _outlines(self, read: Callable[[Any, int, int], list[np.ndarray]]) -> list[np.ndarray]:
         try:
-            return read(self.annotation.get("segmentation"), self.height, self.width)
+            return segmentation_to_outlines(
+                self.annotation.get("segmentation"), self.height, self.width
+            )
         except ValueError as error:
             raise UserError(
                 f"annotation {self.annotation['id']} of image {self.annotation['image_id']}: "
                 f"{error}"
             ) from error
+
+    @property
+    def polygons(self) -> list[np.ndarray]:
+        """Outlines of its parts."""
+        return self.outlines[0]
 
     @property
     def keypoints(self) -> np.ndarray:
@@ -113,7 +108,7 @@ def contour_error(contour: np.ndarray, true: TrueObject) -> float:
     """Pixels, see above; NaN without a segmentation. ``contour`` (P, 2)."""
     if not true.polygons:
         return np.nan
-    contour, outlines = contour[:, :2], true.polygons + true.holes
+    contour, outlines = contour[:, :2], sum(true.outlines, [])
     there = distance_to_outline(contour, outlines)
     back = distance_to_outline(sample_outline(outlines, OUTLINE_SAMPLES), [contour])
     return (there.mean() + back.mean()) / 2

@@ -1,11 +1,12 @@
 """Optimizers: what Detectron2's solver lacks of them."""
 
+from functools import partial
+
 from detectron2.config import CfgNode
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
-OPTIMIZERS = ("SGD", "AdamW")
 WHOLE_GRADIENT = "full_model"
 
 
@@ -20,6 +21,14 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
         ValueError: the optimizer is unknown; the message names the key.
     """
     solver = cfg.SOLVER
+    optimizers = {
+        "SGD": partial(SGD, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV),
+        "AdamW": AdamW,
+    }
+    if solver.OPTIMIZER not in optimizers:
+        raise ValueError(
+            f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}; it must be one of {', '.join(optimizers)}"
+        )
     groups = get_default_optimizer_params(
         model,
         base_lr=solver.BASE_LR,
@@ -29,14 +38,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
         weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
         lr_factor_func=lambda name: solver.BACKBONE_MULTIPLIER if _is_pretrained(name) else 1.0,
     )
-    if solver.OPTIMIZER == "SGD":
-        optimizer = SGD(groups, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV)
-    elif solver.OPTIMIZER == "AdamW":
-        optimizer = AdamW(groups)
-    else:
-        raise ValueError(
-            f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}; it must be one of {', '.join(OPTIMIZERS)}"
-        )
+    optimizer = optimizers[solver.OPTIMIZER](groups)
     clip = solver.CLIP_GRADIENTS
     if clip.ENABLED and clip.CLIP_TYPE == WHOLE_GRADIENT:
         clip_whole_gradient(optimizer, clip.CLIP_VALUE, clip.NORM_TYPE)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from lsnet_d2.data.annotation_checks import raise_problems
 from lsnet_d2.data.coco_json import read_coco_json
 from lsnet_d2.data.contours import CONTOUR_METHODS, MAX_POINTS, MIN_POINTS, resample_contour
-from lsnet_d2.data.polygons import bounding_box, segmentation_holes, segmentation_to_polygons
+from lsnet_d2.data.polygons import bounding_box, segmentation_to_outlines
 from lsnet_d2.errors import UserError, exit_on_user_error
 from lsnet_d2.ground_truth import coco_index, complete_annotations
 
@@ -70,8 +70,7 @@ def read_objects(json_file: str) -> tuple[COCO, list[Object]]:
                 raise ValueError(f"image {annotation['image_id']} is not in the file")
             size = sizes[annotation["image_id"]]
             segmentation = annotation.get("segmentation")
-            parts = segmentation_to_polygons(segmentation, *size)
-            holes = segmentation_holes(segmentation, *size)
+            parts, holes = segmentation_to_outlines(segmentation, *size)
         except ValueError as error:
             problems.append(f"annotation {annotation['id']}: {error}")
             continue

@@ -19,7 +19,7 @@ from .contours import CONTOUR_METHODS, resample_contour
 from .extreme_points import as_extreme_points, extreme_points, side_midpoints
 from .images import ImageError, read_image
 from .keypoints import keypoint_flip_indices
-from .polygons import bounding_box, decode_rle, segmentation_holes, segmentation_to_polygons
+from .polygons import bounding_box, decode_rle, segmentation_to_outlines
 from .viewport import Viewport
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class VisibleObject:
         name: of the annotation, for messages.
         box: (4,) XYXY.
         polygons: visible parts (n, 2) of its segmentation; empty when it has no usable one.
-        holes: visible parts of the holes in it, if contours are wanted.
+        holes: visible parts of the holes in it.
         cut: whether a part of its box is out of sight.
     """
 
@@ -188,9 +188,9 @@ class LSNetDatasetMapper(DatasetMapper):
         self, annotation: dict, name: str, box: np.ndarray, cut: bool, viewport: Viewport
     ) -> VisibleObject | None:
         try:
-            segmentation, size = annotation.get("segmentation"), viewport.original_size
-            whole = segmentation_to_polygons(segmentation, *size)
-            holes = segmentation_holes(segmentation, *size) if self.use_contour else []
+            whole, holes = segmentation_to_outlines(
+                annotation.get("segmentation"), *viewport.original_size
+            )
         except ValueError as error:
             raise AnnotationError(f"{name}: {error}") from error
         polygons = viewport.polygons(whole)

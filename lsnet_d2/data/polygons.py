@@ -32,33 +32,25 @@ def segmentation_to_polygons(segmentation: Any, height: int, width: int) -> list
     Raises:
         ValueError: an RLE is damaged, or see :func:`check_form`.
     """
+    return segmentation_to_outlines(segmentation, height, width)[0]
+
+
+def segmentation_to_outlines(
+    segmentation: Any, height: int, width: int
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The parts of :func:`segmentation_to_polygons`, and the holes in them, which a mask alone can
+    have: see :func:`mask_holes`."""
     check_form(segmentation, (height, width))
     if segmentation is None:
-        return []
+        return [], []
     if isinstance(segmentation, dict):
-        return mask_to_polygons(decode_rle(segmentation, height, width))
+        mask = decode_rle(segmentation, height, width)
+        return mask_to_polygons(mask), mask_holes(mask)
     try:
         parts = [np.array(part, dtype=np.float64).reshape(-1, 2) for part in segmentation]
     except TypeError as error:
         raise ValueError(f"a segmentation that is no list of numbers: {error}") from error
-    return [part for part in parts if is_usable(part)]
-
-
-def segmentation_holes(segmentation: Any, height: int, width: int) -> list[np.ndarray]:
-    """The outlines of the holes in an annotation's ``segmentation``, which an RLE alone can have.
-
-    Args:
-        segmentation, height, width: as in :func:`segmentation_to_polygons`.
-
-    Returns:
-        See :func:`mask_holes`.
-
-    Raises:
-        ValueError: an RLE is damaged.
-    """
-    if not isinstance(segmentation, dict):
-        return []
-    return mask_holes(decode_rle(segmentation, height, width))
+    return [part for part in parts if is_usable(part)], []
 
 
 def check_form(segmentation: Any, image_size: tuple[int, int] | None) -> None:

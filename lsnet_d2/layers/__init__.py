@@ -1,5 +1,6 @@
 from .batch_norm import FixedBatchNorm2d
 from .deform_conv import ModulatedDeformConv, sampled_conv
+from .point_sampling import sample_features
 from .pyramid_sampling import PyramidDeformConv, PyramidGrid
 
 __all__ = [
@@ -7,5 +8,6 @@ __all__ = [
     "ModulatedDeformConv",
     "PyramidDeformConv",
     "PyramidGrid",
+    "sample_features",
     "sampled_conv",
 ]

@@ -96,17 +96,22 @@ class LandmarkBranch(ABC):
         alpha: float = 0.2,
         init_weight: float = 1.0,
         refine_weight: float = 2.0,
+        polish_weight: float = 2.0,
     ) -> None:
         """
         Args:
             num_landmarks, sampling_landmarks: see the class.
             alpha: see :func:`~lsnet_d2.modeling.vectors.encode_vectors`.
-            init_weight, refine_weight: of the losses of the two stages.
+            init_weight, refine_weight, polish_weight: of the losses of the three stages.
         """
         self.num_landmarks = num_landmarks
         self.sampling_landmarks = sampling_landmarks
         self.alpha = alpha
-        self.loss_weights = {"init": init_weight, "refine": refine_weight}
+        self.loss_weights = {
+            "init": init_weight,
+            "refine": refine_weight,
+            "polish": polish_weight,
+        }
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -414,6 +419,7 @@ def build_branches(cfg: CfgNode) -> list[LandmarkBranch]:
             alpha=cfg.MODEL.LSNET.CROSS_IOU_ALPHA,
             init_weight=init,
             refine_weight=refine,
+            polish_weight=cfg.MODEL.LSNET.POLISH_LOSS_WEIGHT,
             **BRANCHES[name].from_config(cfg),
         )
         for name, (init, refine) in weights.items()

@@ -72,7 +72,6 @@ class LSNet(DenseDetector):
         num_classes: int,
         polish: nn.ModuleDict | None = None,
         polish_in_features: Sequence[str] = (),
-        polish_loss_weight: float = 2.0,
         cls_loss_weight: float = 1.0,
         focal_loss_alpha: float = 0.25,
         focal_loss_gamma: float = 2.0,
@@ -95,7 +94,6 @@ class LSNet(DenseDetector):
             branches: the first one supplies the boxes of assignment and NMS.
             polish: by name of the branch, what moves its landmarks in a third stage; None: nothing.
             polish_in_features: the backbone's features that it looks at.
-            polish_loss_weight: of the third stage.
             init_positives: anchor points that each object takes in the init stage.
             ignore_crowd: leave points inside ``ignore_boxes``, and inside objects without what the
                 first branch learns, out of the classification loss.
@@ -112,7 +110,6 @@ class LSNet(DenseDetector):
         self.num_classes = num_classes
         self.polish = polish
         self.polish_in_features = list(polish_in_features)
-        self.polish_loss_weight = polish_loss_weight
         self.cls_loss_weight = cls_loss_weight
         self.focal_loss_alpha = focal_loss_alpha
         self.focal_loss_gamma = focal_loss_gamma
@@ -140,7 +137,6 @@ class LSNet(DenseDetector):
             "num_classes": cfg.MODEL.LSNET.NUM_CLASSES,
             "polish": build_polish(cfg, shapes, branches),
             "polish_in_features": cfg.MODEL.LSNET.POLISH_IN_FEATURES,
-            "polish_loss_weight": cfg.MODEL.LSNET.POLISH_LOSS_WEIGHT,
             "cls_loss_weight": cfg.MODEL.LSNET.CLS_LOSS_WEIGHT,
             "focal_loss_alpha": cfg.MODEL.LSNET.FOCAL_LOSS_ALPHA,
             "focal_loss_gamma": cfg.MODEL.LSNET.FOCAL_LOSS_GAMMA,
@@ -207,7 +203,7 @@ class LSNet(DenseDetector):
         init, refine = self.assign(points, predictions, targets[0], valid)
         targets = [LandmarkTargets.cat(t) for t in targets]
         losses = {}
-        for stage, assigned, vectors in (
+        for stage, assigned, dense in (
             ("init", init, predictions.init),
             ("refine", refine, predictions.refine),
         ):
@@ -215,15 +211,26 @@ class LSNet(DenseDetector):
             normalizers = self.normalizers(positives, targets, len(instances))
             count = len(positives) / len(instances)
             get_event_storage().put_scalar(f"lsnet/num_pos_{stage}", count)
+            found = []
             for i, branch in enumerate(self.branches):
-                loss = self.landmark_loss(branch, points, vectors[i], positives, targets[i])
+                learned = positives[targets[i].present[positives.object]]
+                vectors = dense[i][learned.image, learned.point].float()
+                found.append((branch, vectors, learned, targets[i], normalizers[i + 1]))
+                loss = self.landmark_loss(branch, points, vectors, learned, targets[i])
                 weight = branch.loss_weights[stage]
                 losses[f"loss_{branch.name}_{stage}"] = weight * loss / normalizers[i + 1]
-        if self.polish is not None:  # of what the refine stage found
-            for i, branch in enumerate(self.branches):
-                loss = self.polish_loss(branch, points, vectors[i], fine, positives, targets[i])
-                weight = self.polish_loss_weight
-                losses[f"loss_{branch.name}_polish"] = weight * loss / normalizers[i + 1]
+        # The third stage goes on from what the refine stage found.
+        for branch, vectors, learned, own, normalizer in found if self.polish else ():
+            steps = self.polished(branch, points, vectors, learned, fine)
+            steps = [
+                self.landmark_loss(branch, points, x, learned, own) / normalizer for x in steps
+            ]
+            for number, loss in enumerate(steps, start=1):
+                get_event_storage().put_scalar(
+                    f"lsnet/{branch.name}_polish_{number}", loss.detach()
+                )
+            weight = branch.loss_weights["polish"]
+            losses[f"loss_{branch.name}_polish"] = weight * torch.stack(steps).mean()
         # Classes are learned where the refine stage has its objects.
         counted = valid & ~((refine < 0) & ignored)
         loss = self.classification_loss(predictions.logits, refine, gt_classes, counted)
@@ -355,56 +362,39 @@ class LSNet(DenseDetector):
         positives: Positives,
         targets: LandmarkTargets,
     ) -> Tensor:
-        """Loss of a branch, summed over the positive points that it learns from.
+        """Loss of a branch, summed over positive points.
 
         Args:
-            vectors: (B, A, V + 1, 4) in cells.
+            vectors: (N, V + 1, 4) in cells, those of the points.
             targets: of the objects of all images.
         """
-        positives = positives[targets.present[positives.object]]
-        if len(positives) == 0:
-            return vectors.sum() * 0  # keeps the graph: all workers have the same parameters
         stride = points.strides[positives.point]
         loss = branch.loss(
-            vectors[positives.image, positives.point].float() * stride[:, None, None],
+            vectors * stride[:, None, None],
             targets[positives.object],
             points.xy[positives.point],
             _BASE_SCALE * stride,
         )
         return loss.sum()
 
-    def polish_loss(
+    def polished(
         self,
         branch: LandmarkBranch,
         points: AnchorPoints,
         vectors: Tensor,
-        fine: list[Tensor],
         positives: Positives,
-        targets: LandmarkTargets,
-    ) -> Tensor:
-        """Loss of a branch's third stage, as :meth:`landmark_loss` has it of the others, and the
-        mean of its steps.
-
-        Args:
-            vectors: of the refine stage; no gradient flows into them.
-            fine: the feature maps that the third stage looks at.
-        """
-        polish = self.polish[branch.name]
-        positives = positives[targets.present[positives.object]]
-        if len(positives) == 0:
-            return sum(parameter.sum() * 0 for parameter in polish.parameters())
+        fine: list[Tensor],
+    ) -> list[Tensor]:
+        """Vectors (N, V + 1, 4) of positive points after each step of the third stage, from those
+        of the second, into which no gradient flows. That to the centre stays."""
         anchors, stride = points.xy[positives.point], points.strides[positives.point]
-        vectors = vectors[positives.image, positives.point].detach().float()
+        vectors = vectors.detach()
         landmarks = branch.decode(vectors, anchors, stride)
-        centers = vectors[:, -1:] * stride[:, None, None]
-        targets, losses = targets[positives.object], []
-        for moved in polish(fine, positives.image, landmarks):
+        steps = []
+        for moved in self.polish[branch.name](fine, positives.image, landmarks):
             moved = encode_vectors(moved - anchors[:, None], branch.alpha)
-            moved = torch.cat([moved, centers], dim=1)
-            losses.append(branch.loss(moved, targets, anchors, _BASE_SCALE * stride).mean())
-        for number, loss in enumerate(losses, start=1):
-            get_event_storage().put_scalar(f"lsnet/{branch.name}_polish_{number}", loss.detach())
-        return torch.stack(losses).mean() * len(positives)
+            steps.append(torch.cat([moved / stride[:, None, None], vectors[:, -1:]], dim=1))
+        return steps
 
     # ------------------------------------------------------------------ inference
 

@@ -17,33 +17,12 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
-from ..layers.bilinear import bilinear_corners
-from ..layers.row_sum import RowIndex, weighted_row_sum
+from ..layers import sample_features
 from .landmarks import LandmarkBranch
 
 _HEADS = 4
 # Displacements are predicted in units of this share of the object's size.
 _STEP = 0.1
-
-
-def sample_features(features: Tensor, stride: int, image: Tensor, points: Tensor) -> Tensor:
-    """Features at places of the images, interpolated; zero outside.
-
-    Args:
-        features: (B, C, H, W), cell (i, j) lying at x = j * stride, y = i * stride.
-        image: (N,), in which image the points are.
-        points: (N, V, 2) as x, y in pixels of the network's input.
-
-    Returns:
-        (N, V, C).
-    """
-    images, channels, height, width = features.shape
-    x, y = (points.to(features.dtype) / stride).unbind(-1)
-    pixel, weight = bilinear_corners(y, x, height, width)
-    rows = image.to(pixel.dtype)[:, None, None] * (height * width) + pixel
-    table = features.permute(0, 2, 3, 1).reshape(-1, channels)
-    index = RowIndex(rows.view(-1, 4), images * height * width)
-    return weighted_row_sum(table, index, weight.reshape(-1, 4)).view(*points.shape[:2], channels)
 
 
 class PolishStep(nn.Module):
@@ -91,8 +70,6 @@ class PolishStep(nn.Module):
         Returns:
             (N, V, 2), the moved landmarks.
         """
-        if len(landmarks) == 0:
-            return landmarks
         low, high = landmarks.amin(dim=1), landmarks.amax(dim=1)
         size = (high - low).norm(dim=1).clamp(min=1)[:, None, None]
         place = (landmarks - ((low + high) / 2)[:, None]) / size

@@ -19,7 +19,7 @@ from lsnet_d2.data.polygons import (
     mask_holes,
     mask_to_polygons,
     polygons_to_rle,
-    segmentation_holes,
+    segmentation_to_outlines,
     segmentation_to_polygons,
 )
 
@@ -258,11 +258,13 @@ def test_holes_of_a_segmentation():
     mask = np.ones((20, 30), np.uint8)
     mask[5:15, 5:25] = 0
     rle = mask_util.encode(np.asfortranarray(mask))
-    (hole,) = segmentation_holes(rle, 20, 30)
+    (part,), (hole,) = segmentation_to_outlines(rle, 20, 30)
+    assert bounding_box([part]).tolist() == [0, 0, 30, 20]
     assert bounding_box([hole]).tolist() == [5, 5, 25, 15]
     # of COCO's polygons one inside another adds nothing and takes nothing away
-    assert segmentation_holes([[0, 0, 9, 0, 9, 9], [1, 1, 2, 1, 2, 2]], 20, 30) == []
-    assert segmentation_holes(None, 20, 30) == []
+    parts, holes = segmentation_to_outlines([[0, 0, 9, 0, 9, 9], [1, 1, 2, 1, 2, 2]], 20, 30)
+    assert len(parts) == 2 and holes == []
+    assert segmentation_to_outlines(None, 20, 30) == ([], [])
 
 
 def test_rle_as_recorded():

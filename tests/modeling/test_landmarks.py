@@ -219,7 +219,7 @@ class TestBuildBranches:
             )
         )
         assert (extreme.num_landmarks, contour.num_landmarks, keypoint.num_landmarks) == (4, 24, 13)
-        assert keypoint.loss_weights == {"init": 2.0, "refine": 2.0}
+        assert keypoint.loss_weights == {"init": 2.0, "refine": 2.0, "polish": 2.0}
 
     def test_unlabelled_poses_need_boxes(self):
         with pytest.raises(ValueError, match="TRAIN_UNLABELLED_POSES"):

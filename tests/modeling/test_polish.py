@@ -1,11 +1,9 @@
 import pytest
 import torch
 from detectron2.utils.events import EventStorage
-from hypothesis import given
-from hypothesis import strategies as st
 from tiny_model import make_input, tiny_model
 
-from lsnet_d2.modeling.polish import LandmarkPolish, PolishStep, sample_features
+from lsnet_d2.modeling.polish import LandmarkPolish, PolishStep
 
 BOXES = [[10, 12, 60, 70], [70, 20, 120, 90], [30, 40, 44, 60]]
 BRANCHES = ["extreme", "contour", "keypoint"]
@@ -18,19 +16,6 @@ def polished_model(**lsnet):
 def losses_of(model, inputs):
     with EventStorage():
         return model(inputs)
-
-
-@given(st.integers(1, 40), st.integers(1, 30), st.sampled_from([4, 8]))
-def test_features_are_interpolated_in_pixels_of_the_image(x, y, stride):
-    rows, columns = torch.meshgrid(torch.arange(9.0), torch.arange(12.0), indexing="ij")
-    # in image 1 the features are the coordinates of their cells
-    ramps = torch.stack([columns, rows]) * stride
-    features = torch.stack([torch.zeros_like(ramps), ramps])
-    point = torch.tensor([x, y]).minimum(torch.tensor([11 * stride, 8 * stride])).double()
-    points = torch.stack([point, point]).view(2, 1, 2)
-    sampled = sample_features(features.double(), stride, torch.tensor([1, 0]), points)
-    torch.testing.assert_close(sampled[0, 0], point)
-    assert sampled[1].abs().max() == 0
 
 
 def test_nothing_moves_at_first():
