@@ -8,6 +8,7 @@ from detectron2.modeling.backbone import FPN, Backbone
 from torch import Tensor, nn
 
 from .efficientnet import build_efficientnet_lite0_backbone
+from .res2net import build_lsnet_res2net_backbone
 from .resnet import build_lsnet_resnet_backbone
 
 
@@ -76,8 +77,14 @@ def build_lsnet_fpn(cfg: CfgNode, bottom_up: Backbone) -> FPN:
 
 @BACKBONE_REGISTRY.register()
 def build_lsnet_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """ResNet with LSNet's pyramid."""
+    """ResNet or ResNeXt with LSNet's pyramid."""
     return build_lsnet_fpn(cfg, build_lsnet_resnet_backbone(cfg, input_shape))
+
+
+@BACKBONE_REGISTRY.register()
+def build_lsnet_res2net_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """Res2Net with LSNet's pyramid."""
+    return build_lsnet_fpn(cfg, build_lsnet_res2net_backbone(cfg, input_shape))
 
 
 @BACKBONE_REGISTRY.register()
