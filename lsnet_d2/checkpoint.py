@@ -2,15 +2,24 @@
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from detectron2.config import CfgNode
 from torch import Tensor
 
+from .imagenet import (
+    BACKBONE_PREFIX,
+    first_match,
+    has_res2net_names,
+    is_counter,
+    rename_backbone_key,
+    some,
+)
 from .modeling.landmarks import build_branches
 
 logger = logging.getLogger(__name__)
 
+_BACKBONE = "backbone."
 # Applied in order, each at most once to a key; what no rule renames is refused.
 _TOWER_RULES = [
     (r"\.conv\.(weight|bias|conv_offset\.)", r".0.\1"),
@@ -37,16 +46,6 @@ _NECK_RULES = [
     *[(rf"^neck\.fpn_convs\.{i}\.", rf"backbone.fpn_output{i + 3}.") for i in range(3)],
     *[(rf"^neck\.fpn_convs\.{i}\.", rf"backbone.top_block.p{i + 3}.") for i in (3, 4)],
 ]
-_RESNET_RULES = [
-    (r"^backbone\.conv1\.", r"backbone.bottom_up.stem.conv1."),
-    (r"^backbone\.bn1\.", r"backbone.bottom_up.stem.conv1.norm."),
-    *[(rf"^backbone\.layer{i}\.", rf"backbone.bottom_up.res{i + 1}.") for i in range(1, 5)],
-]
-_BLOCK_RULES = [
-    (r"\.bn(\d)\.", r".conv\1.norm."),
-    (r"\.downsample\.0\.", r".shortcut."),
-    (r"\.downsample\.1\.", r".shortcut.norm."),
-]
 
 
 def is_released_checkpoint(state_dict: Mapping[str, Tensor]) -> bool:
@@ -69,20 +68,13 @@ def convert_lsnet_checkpoint(state_dict: Mapping[str, Tensor], cfg: CfgNode) -> 
         ValueError: the checkpoint is of another task or number of classes, or holds a key that has
             no counterpart here; the message names it.
     """
-    converted: dict[str, Tensor] = {}
-    refused = []
-    for key, value in state_dict.items():
-        if key.endswith(".num_batches_tracked"):
-            continue  # the statistics are fixed
-        name = rename_released_key(key)
-        if name is None:
-            refused.append(key)
-        else:
-            converted[name] = value
+    names = released_names(state_dict)
+    refused = [key for key, name in names.items() if name is None and not is_counter(key)]
     if refused:
         raise ValueError(
-            f"{len(refused)} keys of the checkpoint have no counterpart: {_some(refused)}"
+            f"{len(refused)} keys of the checkpoint have no counterpart: {some(refused)}"
         )
+    converted = {name: state_dict[key] for key, name in names.items() if name is not None}
     _check_task(converted, cfg)
     if not cfg.MODEL.LSNET.REFERENCE_OFFSETS:
         logger.warning(
@@ -92,27 +84,29 @@ def convert_lsnet_checkpoint(state_dict: Mapping[str, Tensor], cfg: CfgNode) -> 
     return converted
 
 
-def rename_released_key(key: str) -> str | None:
+def released_names(keys: Iterable[str]) -> dict[str, str | None]:
+    """Our names of all weights of a released model; None where there is none."""
+    keys = list(keys)
+    backbone = [key.removeprefix(_BACKBONE) for key in keys if key.startswith(_BACKBONE)]
+    res2net = has_res2net_names(backbone)
+    return {
+        key: None if is_counter(key) else rename_released_key(key, res2net=res2net) for key in keys
+    }
+
+
+def rename_released_key(key: str, *, res2net: bool = False) -> str | None:
     """Our name of a weight of the released code, or None where there is none."""
     if key.startswith("neck."):
-        name = _first_match(key, _NECK_RULES)
+        name = first_match(key, _NECK_RULES)
         return name and re.sub(r"\.conv\.", ".", name).replace(".gn.", ".norm.")
-    if key.startswith("backbone."):
-        name = _first_match(key, _RESNET_RULES)
-        return name and (_first_match(name, _BLOCK_RULES) or name)
-    name = _first_match(key, _HEAD_RULES)
+    if key.startswith(_BACKBONE):
+        name = rename_backbone_key(key.removeprefix(_BACKBONE), res2net=res2net)
+        return name and BACKBONE_PREFIX + name
+    name = first_match(key, _HEAD_RULES)
     if name and ".tower." in name.replace("cls_tower.", "tower."):
         for pattern, replacement in _TOWER_RULES:
             name = re.sub(pattern, replacement, name)
     return name
-
-
-def _first_match(key: str, rules: list[tuple[str, str]]) -> str | None:
-    for pattern, replacement in rules:
-        renamed, count = re.subn(pattern, replacement, key, count=1)
-        if count:
-            return renamed
-    return None
 
 
 def _check_task(converted: dict[str, Tensor], cfg: CfgNode) -> None:
@@ -129,8 +123,3 @@ def _check_task(converted: dict[str, Tensor], cfg: CfgNode) -> None:
             f"the checkpoint has {num_classes} classes, but MODEL.LSNET.NUM_CLASSES is "
             f"{cfg.MODEL.LSNET.NUM_CLASSES}"
         )
-
-
-def _some(names: list[str], limit: int = 5) -> str:
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown}, ..."

@@ -20,6 +20,7 @@ from torch import nn
 from .checkpoint import convert_lsnet_checkpoint, is_released_checkpoint
 from .errors import CheckpointError, one_line
 from .files import atomic_write, remove_partial_files
+from .imagenet import convert_imagenet_weights, is_imagenet_checkpoint, some
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,8 @@ class LSNetCheckpointer(DetectionCheckpointer):
     - A training that starts anew moves the checkpoints of an earlier one out of the way.
     - Files are read as data: nothing in them is executed.
     - With ``strict=True``, a checkpoint must have every weight of the model and no others.
-    - Weights of the released LSNet code are renamed when a config is given.
+    - Weights of the released LSNet code are renamed when a config is given, and those of ImageNet
+      classifiers of torchvision and mmcv always.
 
     Attributes:
         resumed_from: the file that :meth:`resume_or_load` went on from, or None.
@@ -223,11 +225,13 @@ class LSNetCheckpointer(DetectionCheckpointer):
         weights = _require_names(filename, loaded["model"])
         if "state_dict" in weights:  # as mmdetection saves them
             weights = _require_names(filename, weights["state_dict"])
-        if self.cfg is not None and is_released_checkpoint(weights):
-            try:
+        try:
+            if self.cfg is not None and is_released_checkpoint(weights):
                 weights = convert_lsnet_checkpoint(weights, self.cfg)
-            except ValueError as error:
-                raise CheckpointError(f"{filename}: {error}") from error
+            elif is_imagenet_checkpoint(weights):
+                weights = convert_imagenet_weights(weights)
+        except ValueError as error:
+            raise CheckpointError(f"{filename}: {error}") from error
         return {**loaded, "model": weights}
 
     def _torch_load(self, f: str) -> Mapping[str, Any]:
@@ -262,10 +266,10 @@ class LSNetCheckpointer(DetectionCheckpointer):
         ]
         problems = []
         if missing:
-            problems.append(f"{len(missing)} weights are missing ({_some(missing)})")
+            problems.append(f"{len(missing)} weights are missing ({some(missing, 3)})")
         if incompatible.unexpected_keys:
             unused = incompatible.unexpected_keys
-            problems.append(f"{len(unused)} are of no use ({_some(unused)})")
+            problems.append(f"{len(unused)} are of no use ({some(unused, 3)})")
         if shapes:
             name, (theirs, ours) = next(iter(shapes.items()))
             problems.append(
@@ -277,10 +281,6 @@ class LSNetCheckpointer(DetectionCheckpointer):
                 f"{self._source} is a checkpoint of another model: {'; '.join(problems)}. "
                 "Architecture, task and number of classes must be those of its training"
             )
-
-
-def _some(names: list[str], limit: int = 3) -> str:
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
 
 
 def _require_names(path: str, data: Any) -> Mapping[str, Any]:
