@@ -13,7 +13,7 @@ from detectron2.utils.events import EventStorage
 from parity import DIRECTORY, Recorded, golden_weight, relative_difference
 
 from lsnet_d2 import add_lsnet_config
-from lsnet_d2.checkpoint import convert_lsnet_checkpoint, rename_released_key
+from lsnet_d2.checkpoint import convert_lsnet_checkpoint, released_names
 from lsnet_d2.layers.pyramid_sampling import unflatten_levels
 from lsnet_d2.modeling.points import make_anchor_points
 from lsnet_d2.modeling.postprocessing import rescale_instances
@@ -46,14 +46,36 @@ class Case:
         return read_inputs(self.name, run)
 
 
-@pytest.fixture(scope="module", params=["bbox", "segm", "pose_bbox", "pose_kbox"])
+# The shipped config of each recorded model
+CONFIG_FILES = {
+    "bbox_r50": "bbox/lsnet_R_50_FPN_1x.yaml",
+    "segm_r50": "segm/lsnet_R_50_FPN_1x.yaml",
+    "pose_bbox_r50": "pose/lsnet_bbox_R_50_FPN_1x.yaml",
+    "pose_kbox_r50": "pose/lsnet_kbox_R_50_FPN_1x.yaml",
+    "bbox_x101_dcn": "bbox/lsnet_X_101_64x4d_DCN_FPN_ms_2x.yaml",
+}
+# Of these the backbone and the pyramid
+PYRAMID_CONFIG_FILES = {
+    "bbox_r50": CONFIG_FILES["bbox_r50"],
+    "bbox_x101_dcn": CONFIG_FILES["bbox_x101_dcn"],
+    "bbox_cpv_r2101_dcn": "segm/lsnet_R2_101_DCN_FPN_ms_30e.yaml",
+}
+
+
+def with_slow(names):
+    """The 101 layers take tens of seconds."""
+    return [pytest.param(name, marks=pytest.mark.slow) if "101" in name else name for name in names]
+
+
+@pytest.fixture(scope="module", params=with_slow(CONFIG_FILES))
 def case(request):
     return build_case(request.param)
 
 
-@pytest.fixture(scope="module")
-def bbox_case():
-    return build_case("bbox")
+@pytest.fixture(scope="module", params=with_slow(PYRAMID_CONFIG_FILES))
+def pyramid_case(request):
+    name = request.param
+    return build_case(name, PYRAMID_CONFIG_FILES[name], with_head=name in CONFIG_FILES)
 
 
 RUNS = ["even", "odd"]
@@ -63,30 +85,27 @@ RUNS_WITH_EMPTY = ["even", "odd", "empty1", "empty2"]
 def skip_unrecorded(case, run):
     if not (DIRECTORY / f"model_{case.name}_{run}.npz").exists():
         assert run in ("empty1", "empty2") and case.name != "bbox_r50"
-        pytest.skip("the released code fails on an image without objects")
+        pytest.skip("not recorded; the released code fails for most tasks without objects")
 
 
-def build_case(task):
-    case = f"{task}_r50"
+def build_case(name, config_file=None, with_head=True):
     cfg = get_cfg()
     add_lsnet_config(cfg)
-    cfg.merge_from_file(CONFIGS / "Base-LSNet.yaml")
+    cfg.merge_from_file(CONFIGS / (config_file or CONFIG_FILES[name]))
     cfg.MODEL.DEVICE = "cpu"
-    cfg.MODEL.LSNET.TASK = task
-    cfg.MODEL.LSNET.NUM_CLASSES = 1 if task.startswith("pose") else 80
     cfg.MODEL.LSNET.REFERENCE_OFFSETS = True
-    cfg.MODEL.LSNET.TRAIN_UNLABELLED_POSES = task == "pose_bbox"
     cfg.MODEL.LSNET.IGNORE_CROWD = False
-    if task.startswith("pose"):
-        cfg.MODEL.LSNET.TOPK_CANDIDATES_TEST = 100
-        cfg.TEST.DETECTIONS_PER_IMAGE = 20
     model = build_model(cfg)
-    weights, names = released_state_dict(case)
-    missing, unexpected = model.load_state_dict(
-        convert_lsnet_checkpoint(weights, cfg), strict=False
-    )
-    assert not unexpected and not missing
-    return Case(case, model, names)
+    weights, names = released_state_dict(name)
+    if with_head:
+        model.load_state_dict(convert_lsnet_checkpoint(weights, cfg), strict=True)
+    else:
+        ours = released_names(key for key in weights if not key.startswith("bbox_head."))
+        model.backbone.load_state_dict(
+            {new.removeprefix("backbone."): weights[old] for old, new in ours.items() if new},
+            strict=True,
+        )
+    return Case(name, model, names)
 
 
 def read_inputs(case, run):
@@ -143,9 +162,9 @@ def assert_map(actual, recorded, key, tolerance=1e-3):
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_inputs_and_features(bbox_case, run):
-    model = bbox_case.model
-    inputs, recorded_images, recorded = bbox_case.read_inputs(run)
+def test_inputs_and_features(pyramid_case, run):
+    model = pyramid_case.model
+    inputs, recorded_images, recorded = pyramid_case.read_inputs(run)
     model.eval()
     with torch.no_grad():
         images = model.preprocess_image(inputs)
@@ -225,15 +244,18 @@ def test_losses(case, run, variant):
 
 
 # A sampling place on the border between two pixels may fall on either side by rounding, which moves
-# some norms by 1e-3. In double precision we always fall on the exact side. In one run the recording
-# does not (in single precision, that run agrees to 1e-3 too).
-GRADIENT_TOLERANCE = {("segm_r50", "even"): 1.5e-3}
+# some norms by 1e-3. In double precision we always fall on the exact side. In two runs the
+# recording does not; in the second it is the offsets of one of thirty layers. In single precision
+# these runs agree to 1e-3 too.
+GRADIENT_TOLERANCE = {("segm_r50", "even"): 1.5e-3, ("bbox_x101_dcn", "even"): 3e-3}
 
 
 @pytest.mark.parametrize("run", RUNS_WITH_EMPTY)
 def test_gradients(case, run):
     skip_unrecorded(case, run)
     inputs, _, recorded = case.read_inputs(run)
+    if "ref.grad_l2" not in recorded:
+        pytest.skip("gradients of this run are not recorded")
     model = case.model.train()
     model.zero_grad()
     model.head.reference_offsets = True
@@ -246,12 +268,12 @@ def test_gradients(case, run):
         model.float()
 
     trainable = set(case.names["trainable"])
-    ours = dict(model.named_parameters())
+    ours, renamed = dict(model.named_parameters()), released_names(case.names["parameters"])
     norms = recorded["ref.grad_l2"].tolist()
     tolerance = GRADIENT_TOLERANCE.get((case.name, run), 1e-3)
     largest = max(norm for norm in norms if norm == norm)
     for name, expected in zip(case.names["parameters"], norms, strict=True):
-        parameter = ours.pop(rename_released_key(name))
+        parameter = ours.pop(renamed[name])
         assert parameter.requires_grad == (name in trainable), name
         norm = 0.0 if parameter.grad is None else parameter.grad.norm().item()
         expected = 0.0 if expected != expected else expected  # NaN: no gradient
