@@ -107,6 +107,9 @@ def add_lsnet_config(cfg: CN) -> None:
     # code does it.
     cfg.INPUT.CONTOUR_SAMPLING = "adaptive"
 
+    # Batch for which the learning rate and the iterations are written. tools/train_net.py scales
+    # them for another IMS_PER_BATCH, but for keys given on the command line. 0: it does not.
+    cfg.SOLVER.REFERENCE_IMS_PER_BATCH = 0
     # "SGD", or "AdamW", which does not use MOMENTUM and NESTEROV.
     cfg.SOLVER.OPTIMIZER = "SGD"
     # Learning rate of the network under the pyramid, whose weights are imported, relative to

@@ -173,6 +173,11 @@ def check_config(cfg: CfgNode) -> None:
     for key in ("SOLVER.IMS_PER_BATCH", "SOLVER.MAX_ITER", classes_key(cfg)):
         if _value(cfg, key) < 1:
             raise ConfigError(f"{key} is {_value(cfg, key)}; it must be 1 or more")
+    if cfg.SOLVER.REFERENCE_IMS_PER_BATCH < 0:
+        raise ConfigError(
+            f"SOLVER.REFERENCE_IMS_PER_BATCH is {cfg.SOLVER.REFERENCE_IMS_PER_BATCH}; it must be 1 "
+            "or more, or 0 for no scaling"
+        )
     for key in ("TRAIN", "TEST"):
         for name in cfg.DATASETS[key]:
             if name not in DatasetCatalog:

@@ -37,7 +37,7 @@ from .data.coco_json import read_coco_json
 from .data.dataset_mapper import LSNetDatasetMapper
 from .errors import ConfigError, UserError
 from .evaluation import build_evaluator
-from .solver import build_optimizer
+from .solver import build_optimizer, scale_schedule
 
 logger = logging.getLogger(__name__)
 
@@ -49,18 +49,20 @@ def setup(args: argparse.Namespace) -> CfgNode:
         args: of ``detectron2.engine.default_argument_parser``.
 
     Returns:
-        The frozen config, with a device that exists.
+        The frozen config, with a device that exists and the schedule of its batch
+        (:func:`lsnet_d2.solver.scale_schedule`).
 
     Raises:
         ConfigError: see :func:`lsnet_d2.config_file.load_config`.
     """
     cfg = load_config(args.config_file, args.opts)
-    cfg.freeze()
     try:
         os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"OUTPUT_DIR {cfg.OUTPUT_DIR}: {error.strerror}") from error
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="lsnet_d2")
+    scale_schedule(cfg, given=args.opts[::2])
+    cfg.freeze()
     default_setup(cfg, args)
     logger.info("Running on device %s", cfg.MODEL.DEVICE)
     return cfg

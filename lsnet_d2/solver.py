@@ -1,5 +1,7 @@
-"""Optimizers: what Detectron2's solver lacks of them."""
+"""Optimizers and schedules: what Detectron2's solver lacks of them."""
 
+import logging
+from collections.abc import Collection
 from functools import partial
 
 from detectron2.config import CfgNode
@@ -7,7 +9,59 @@ from detectron2.solver.build import get_default_optimizer_params, maybe_add_grad
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
+logger = logging.getLogger(__name__)
+
 WHOLE_GRADIENT = "full_model"
+# Keys that count iterations; 0 stands for never in the last.
+_ITERATIONS = (
+    "SOLVER.MAX_ITER",
+    "SOLVER.STEPS",
+    "SOLVER.WARMUP_ITERS",
+    "SOLVER.CHECKPOINT_PERIOD",
+    "TEST.EVAL_PERIOD",
+)
+
+
+def scale_schedule(cfg: CfgNode, given: Collection[str] = ()) -> None:
+    """Fit the schedule to the size of the batch, in place, and log what changes.
+
+    Where ``SOLVER.IMS_PER_BATCH`` is not ``SOLVER.REFERENCE_IMS_PER_BATCH``, the learning rate is
+    multiplied by their ratio and all iterations are divided by it, so that as many images are seen:
+    the linear rule of "Accurate, Large Minibatch SGD" (arXiv 1706.02677), as in Detectron2's
+    ``auto_scale_workers``. The reference then is the batch, so nothing is scaled twice.
+
+    Args:
+        cfg: a config that is not frozen. A reference of 0 leaves it as it is.
+        given: keys to leave as they are, because someone has chosen their values for this batch.
+    """
+    solver = cfg.SOLVER
+    batch, reference = solver.IMS_PER_BATCH, solver.REFERENCE_IMS_PER_BATCH
+    if reference in (0, batch):
+        return
+    changes = {}
+    if "SOLVER.BASE_LR" not in given:
+        changes["SOLVER.BASE_LR"] = solver.BASE_LR, solver.BASE_LR * batch / reference
+    for key in _ITERATIONS:
+        node, name = key.split(".")
+        if key not in given and (old := cfg[node][name]):
+            changes[key] = old, _divided(old, batch / reference)
+    for key, (_, new) in changes.items():
+        node, name = key.split(".")
+        cfg[node][name] = new
+    solver.REFERENCE_IMS_PER_BATCH = batch
+    logger.info(
+        "SOLVER.IMS_PER_BATCH is %d and the schedule is for %d (SOLVER.REFERENCE_IMS_PER_BATCH; 0 "
+        "lets it be): %s",
+        batch,
+        reference,
+        ", ".join(f"{key} {old} -> {new}" for key, (old, new) in changes.items()) or "all given",
+    )
+
+
+def _divided(iterations: int | tuple[int, ...], factor: float) -> int | tuple[int, ...]:
+    if isinstance(iterations, int):
+        return max(round(iterations / factor), 1)
+    return tuple(max(round(step / factor), 1) for step in iterations)
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:

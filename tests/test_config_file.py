@@ -83,6 +83,7 @@ def options(settings):
         (LSNET, "MODEL.BACKBONE.NAME", "build_lsnet_fpn_backbone", "did you mean .*build_lsnet"),
         (RESNET, "MODEL.BACKBONE.FREEZE_AT", "99", "0 to 5"),
         (RESNET, "SOLVER.IMS_PER_BATCH", "0", "1 or more"),
+        (RESNET, "SOLVER.REFERENCE_IMS_PER_BATCH", "-1", "0 for no scaling"),
         (RESNET, "SOLVER.MAX_ITER", "0", "1 or more"),
         (RESNET, "SOLVER.LR_SCHEDULER_NAME", "Nope", "WarmupCosineLR"),
         (RESNET, "INPUT.FORMAT", "XYZ", "RGB, BGR"),

@@ -1,3 +1,4 @@
+import argparse
 import json
 import logging
 import math
@@ -8,6 +9,7 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
+from lsnet_d2 import engine
 from lsnet_d2.checkpointer import LSNetCheckpointer
 from lsnet_d2.config_file import load_config
 from lsnet_d2.data.annotation_checks import AnnotationError
@@ -65,6 +67,19 @@ def tiny_trainer(folder, *opts, resume=False):
     trainer = LSNetTrainer(tiny_cfg(folder, *opts))
     trainer.resume_or_load(resume=resume)
     return trainer
+
+
+# --- set-up
+
+
+def test_schedule_is_that_of_the_batch(tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "default_setup", lambda cfg, args: None)
+    opts = ["MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path), "SOLVER.IMS_PER_BATCH", "8"]
+    config_file = str(tiny_coco.ROOT / "configs" / "Base-LSNet.yaml")
+    args = argparse.Namespace(config_file=config_file, opts=[*opts, "SOLVER.MAX_ITER", "10"])
+    cfg = engine.setup(args)
+    assert cfg.is_frozen()
+    assert (cfg.SOLVER.BASE_LR, cfg.SOLVER.MAX_ITER, cfg.SOLVER.WARMUP_ITERS) == (0.005, 10, 1000)
 
 
 # --- training

@@ -12,7 +12,7 @@ from torch import nn
 from lsnet_d2 import add_lsnet_config
 from lsnet_d2.engine import LSNetTrainer
 from lsnet_d2.errors import ConfigError
-from lsnet_d2.solver import build_optimizer, clip_whole_gradient
+from lsnet_d2.solver import build_optimizer, clip_whole_gradient, scale_schedule
 
 
 class Model(nn.Module):
@@ -126,3 +126,61 @@ def test_unknown_optimizer_is_named(tmp_path):
     cfg = tiny_coco.load_tiny_config(tmp_path, "SOLVER.OPTIMIZER", "LAMB")
     with pytest.raises(ConfigError, match=r"SOLVER.OPTIMIZER is 'LAMB'.*SGD, AdamW"):
         LSNetTrainer.build_optimizer(cfg, Model())
+
+
+class TestScaleSchedule:
+    """The schedule of a batch for another one."""
+
+    def cfg(self, **values):
+        cfg = solver_cfg(
+            IMS_PER_BATCH=4,
+            REFERENCE_IMS_PER_BATCH=16,
+            BASE_LR=0.01,
+            STEPS=(58640, 80630),
+            MAX_ITER=87960,
+            WARMUP_ITERS=500,
+            CHECKPOINT_PERIOD=7330,
+            **values,
+        )
+        cfg.TEST.EVAL_PERIOD = 7330
+        return cfg
+
+    def test_as_many_images_at_a_rate_of_the_batch(self, caplog):
+        cfg = self.cfg()
+        with caplog.at_level("INFO", logger="lsnet_d2"):
+            scale_schedule(cfg)
+        assert cfg.SOLVER.BASE_LR == 0.0025
+        assert cfg.SOLVER.STEPS == (234560, 322520)
+        assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.WARMUP_ITERS) == (351840, 2000)
+        assert (cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD) == (29320, 29320)
+        assert "IMS_PER_BATCH is 4 and the schedule is for 16" in caplog.text
+        assert "SOLVER.BASE_LR 0.01 -> 0.0025" in caplog.text
+        assert "SOLVER.MAX_ITER 87960 -> 351840" in caplog.text
+
+        caplog.clear()
+        before = cfg.clone()
+        with caplog.at_level("INFO", logger="lsnet_d2"):
+            scale_schedule(cfg)  # as when the config that was written down is used again
+        assert cfg == before and not caplog.text
+
+    def test_what_is_given_stays(self):
+        cfg = self.cfg()
+        scale_schedule(cfg, given=["SOLVER.IMS_PER_BATCH", "SOLVER.MAX_ITER", "SOLVER.BASE_LR"])
+        assert (cfg.SOLVER.BASE_LR, cfg.SOLVER.MAX_ITER) == (0.01, 87960)
+        assert cfg.SOLVER.WARMUP_ITERS == 2000
+
+    def test_never_stays_never_and_once_stays_once(self):
+        cfg = self.cfg()
+        cfg.SOLVER.IMS_PER_BATCH = 16 * 10**6
+        cfg.TEST.EVAL_PERIOD = 0
+        scale_schedule(cfg)
+        assert cfg.TEST.EVAL_PERIOD == 0
+        assert cfg.SOLVER.CHECKPOINT_PERIOD == cfg.SOLVER.MAX_ITER == 1
+
+    @pytest.mark.parametrize("reference", [0, 4])
+    def test_nothing_to_do(self, reference, caplog):
+        cfg = self.cfg()
+        cfg.SOLVER.REFERENCE_IMS_PER_BATCH = reference
+        before = cfg.clone()
+        scale_schedule(cfg)
+        assert cfg == before and not caplog.text
