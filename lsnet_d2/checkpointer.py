@@ -7,7 +7,8 @@ import os
 import pickle
 import time
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -209,22 +210,12 @@ class LSNetCheckpointer(DetectionCheckpointer):
             raise CheckpointError(f"no such file of weights: {url}")
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        try:
+        with _reading(filename):
             if filename.endswith(".pkl"):
                 loaded = _from_model_zoo(_load_numpy_pickle(filename))
             else:
                 loaded = super()._load_file(filename)
-        except CheckpointError:
-            raise
-        except Exception as error:  # damaged bytes may raise anything in a reader of pickles
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise CheckpointError(
-                f"cannot read the weights {filename} (damaged, or more than plain data): "
-                f"{reason[0]}"
-            ) from error
-        weights = _require_names(filename, loaded["model"])
-        if "state_dict" in weights:  # as mmdetection saves them
-            weights = _require_names(filename, weights["state_dict"])
+        weights = _named_weights(filename, loaded)
         try:
             if self.cfg is not None and is_released_checkpoint(weights):
                 weights = convert_lsnet_checkpoint(weights, self.cfg)
@@ -235,7 +226,7 @@ class LSNetCheckpointer(DetectionCheckpointer):
         return {**loaded, "model": weights}
 
     def _torch_load(self, f: str) -> Mapping[str, Any]:
-        return _require_names(f, torch.load(f, map_location="cpu", weights_only=True))
+        return _load_torch_file(f)
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         try:
@@ -281,6 +272,45 @@ class LSNetCheckpointer(DetectionCheckpointer):
                 f"{self._source} is a checkpoint of another model: {'; '.join(problems)}. "
                 "Architecture, task and number of classes must be those of its training"
             )
+
+
+def read_weights(path: str) -> Mapping[str, Any]:
+    """The weights in a file of ``torch.save``, by the names they have there.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or holds more than plain data.
+    """
+    if not os.path.isfile(path):
+        raise CheckpointError(f"no such file of weights: {path}")
+    with _reading(path):
+        return _named_weights(path, _load_torch_file(path))
+
+
+@contextmanager
+def _reading(path: str) -> Iterator[None]:
+    """Turn whatever a reader of pickles raises into a CheckpointError."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:  # damaged bytes may raise anything
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(
+            f"cannot read the weights {path} (damaged, or more than plain data): {reason[0]}"
+        ) from error
+
+
+def _load_torch_file(path: str) -> Mapping[str, Any]:
+    return _require_names(path, torch.load(path, map_location="cpu", weights_only=True))
+
+
+def _named_weights(path: str, data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Out of what stands beside them: Detectron2 saves them as "model", mmdetection as
+    "state_dict"."""
+    for key in ("model", "state_dict"):
+        if key in data:
+            data = _require_names(path, data[key])
+    return data
 
 
 def _require_names(path: str, data: Any) -> Mapping[str, Any]:
