@@ -50,7 +50,13 @@ def weighted_row_sum(table: Tensor, index: RowIndex, weights: Tensor) -> Tensor:
     Returns:
         (M, C). Differentiable once in ``table`` and ``weights``.
     """
+    if not torch.is_grad_enabled():  # an operator that can be traced, of the same value
+        return _sum_rows(table, index, weights)
     return _WeightedRowSum.apply(table, index, weights)
+
+
+def _sum_rows(table: Tensor, index: RowIndex, weights: Tensor) -> Tensor:
+    return F.embedding_bag(index.rows, table, mode="sum", per_sample_weights=weights)
 
 
 class _WeightedRowSum(torch.autograd.Function):
@@ -61,7 +67,7 @@ class _WeightedRowSum(torch.autograd.Function):
     def forward(ctx, table: Tensor, index: RowIndex, weights: Tensor) -> Tensor:
         ctx.save_for_backward(table, weights)
         ctx.index = index
-        return F.embedding_bag(index.rows, table, mode="sum", per_sample_weights=weights)
+        return _sum_rows(table, index, weights)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -78,6 +84,6 @@ class _WeightedRowSum(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             with torch.enable_grad():
                 leaf = weights.detach().requires_grad_()
-                out = F.embedding_bag(index.rows, table, mode="sum", per_sample_weights=leaf)
+                out = _sum_rows(table, index, leaf)
             (grad_weights,) = torch.autograd.grad(out, leaf, grad)
         return grad_table, None, grad_weights

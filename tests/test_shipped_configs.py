@@ -1,0 +1,104 @@
+"""Every config that is shipped: its model takes a training step and looks at a picture."""
+
+import math
+from functools import cache
+
+import pytest
+import tiny_coco
+import torch
+from detectron2.structures import Boxes, Instances, Keypoints, PolygonMasks
+from detectron2.utils.events import EventStorage
+
+from lsnet_d2.config_file import load_config, num_classes
+from lsnet_d2.engine import LSNetTrainer
+
+CONFIGS = tiny_coco.ROOT / "configs"
+SIZE = 128
+
+
+def names(base):
+    """Paths below configs/; a file named Base-... describes no model of its own."""
+    files = sorted(CONFIGS.glob("**/*.yaml"))
+    return [str(f.relative_to(CONFIGS)) for f in files if f.name.startswith("Base-") == base]
+
+
+def parameters():
+    slow = pytest.mark.slow
+    return [pytest.param(name, marks=slow) if "101" in name else name for name in names(False)]
+
+
+@cache
+def polygon(num_points, x1, y1, x2, y2):
+    """On an ellipse in a box, counter-clockwise on the screen from its top."""
+    angles = torch.arange(num_points) / num_points * 2 * math.pi
+    circle = torch.stack([-angles.sin(), -angles.cos()], dim=1)
+    center = torch.tensor([x1 + x2, y1 + y2]) / 2
+    return center + circle * torch.tensor([x2 - x1, y2 - y1]) / 2
+
+
+def make_input(cfg):
+    """A picture of noise and two objects with the ground truth of all detectors."""
+    boxes = [(10.0, 12.0, 70.0, 90.0), (50.0, 40.0, 120.0, 110.0)]
+    lsnet = cfg.MODEL.META_ARCHITECTURE == "LSNet"
+    num_keypoints = (cfg.MODEL.LSNET if lsnet else cfg.MODEL.ROI_KEYPOINT_HEAD).NUM_KEYPOINTS
+    instances = Instances((SIZE, SIZE))
+    instances.gt_boxes = Boxes(torch.tensor(boxes))
+    instances.gt_classes = torch.zeros(len(boxes), dtype=torch.int64)
+    contours = [polygon(cfg.MODEL.LSNET.NUM_CONTOUR_POINTS, *box) for box in boxes]
+    instances.gt_contours = torch.stack(contours)
+    instances.gt_extreme_points = torch.stack([polygon(4, *box) for box in boxes])
+    instances.gt_masks = PolygonMasks([[c.flatten().double().numpy()] for c in contours])
+    points = torch.stack([polygon(num_keypoints, *box) for box in boxes])
+    instances.gt_keypoints = Keypoints(torch.cat([points, torch.full_like(points[..., :1], 2)], 2))
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(256, (3, SIZE, SIZE), generator=generator, dtype=torch.uint8)
+    return {"image": image, "instances": instances, "height": SIZE, "width": SIZE}
+
+
+@pytest.mark.parametrize("name", parameters())
+def test_trains_and_predicts(name):
+    cfg = load_config(str(CONFIGS / name), ["MODEL.DEVICE", "cpu"])
+    torch.manual_seed(0)
+    model = LSNetTrainer.build_model(cfg)
+    assert type(model).__name__ == cfg.MODEL.META_ARCHITECTURE
+    assert getattr(model, "roi_heads", model).num_classes == num_classes(cfg)
+    optimizer = LSNetTrainer.build_optimizer(cfg, model)
+    example = make_input(cfg)
+
+    model.train()
+    with EventStorage():
+        losses = model([example])
+    sum(losses.values()).backward()
+    assert all(math.isfinite(loss.item()) for loss in losses.values()), losses
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in trained)
+    assert any(p.grad.any() for p in trained)
+    before = [p.detach().clone() for p in trained]
+    optimizer.step()
+    assert not all(torch.equal(p, old) for p, old in zip(trained, before, strict=True))
+
+    model.eval()
+    model.test_score_thresh = 0.0  # of LSNet and RetinaNet; weights are random
+    with torch.no_grad():
+        (result,) = model([example])
+    # which of the boxes of a random network have an area, is a matter of chance
+    instances = result["instances"]
+    assert len(instances) <= cfg.TEST.DETECTIONS_PER_IMAGE
+    assert instances.scores.isfinite().all() and instances.pred_boxes.nonempty().all()
+    for branch in getattr(model, "branches", []):
+        landmarks = instances.get(branch.pred_field)
+        assert landmarks.isfinite().all()
+        assert len(landmarks) == len(instances) and landmarks.shape[1] == branch.num_vectors - 1
+
+
+@pytest.mark.parametrize("name", names(True))
+def test_bases_are_valid(name):
+    load_config(str(CONFIGS / name), ["MODEL.DEVICE", "cpu"])
+
+
+@pytest.mark.parametrize("name", [n for n in names(False) + names(True) if "quick" not in n])
+def test_is_short_and_names_its_output(name):
+    text = (CONFIGS / name).read_text()
+    base = name.rpartition("/")[2].startswith("Base-")
+    assert base or len(text.splitlines()) <= 20
+    assert base or f'OUTPUT_DIR: "output/{name.removesuffix(".yaml")}"' in text
