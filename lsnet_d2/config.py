@@ -84,7 +84,7 @@ def add_lsnet_config(cfg: CN) -> None:
     cfg.MODEL.LSNET.MIN_BOX_AREA_TEST = 0.0
 
     # Keep only the inputs of the residual blocks for the backward pass, which computes the rest
-    # anew: less memory, a third more time, the same numbers.
+    # anew: less memory, more time, the same numbers.
     cfg.MODEL.RESNETS.ACTIVATION_CHECKPOINTING = False
 
     # Res2Net has MODEL.RESNETS too; its WIDTH_PER_GROUP is the channels of a split in res2.

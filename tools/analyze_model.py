@@ -21,7 +21,7 @@ from lsnet_d2.errors import UserError, exit_on_user_error
 from lsnet_d2.files import atomic_write
 
 # A row of the zoo's tables: link to the config, other cells, parameters, operations
-ZOO_ROW = re.compile(r"\| \[[^\]]+\]\((?P<config>[^)]+\.yaml)\) \|.*\|[^|]*\|[^|]*\|$")
+ZOO_ROW = re.compile(r"\| \[[^\]]+\]\((?P<config>[^)]+\.yaml)\) \|(.*\|)?[^|]*\|[^|]*\|$")
 
 
 def get_parser() -> argparse.ArgumentParser:

@@ -19,6 +19,8 @@ def test_value(sums, terms, num_rows):
     table, index, weights = case(sums, terms, num_rows)
     expected = (weights[..., None] * table[index.rows.long()]).sum(1)
     torch.testing.assert_close(weighted_row_sum(table, index, weights), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(weighted_row_sum(table, index, weights), expected)
 
 
 @pytest.mark.parametrize(("sums", "terms", "num_rows"), [(7, 4, 5), (3, 2, 20)])

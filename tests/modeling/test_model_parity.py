@@ -244,10 +244,13 @@ def test_losses(case, run, variant):
 
 
 # A sampling place on the border between two pixels may fall on either side by rounding, which moves
-# some norms by 1e-3. In double precision we always fall on the exact side. In two runs the
-# recording does not; in the second it is the offsets of one of thirty layers. In single precision
-# these runs agree to 1e-3 too.
-GRADIENT_TOLERANCE = {("segm_r50", "even"): 1.5e-3, ("bbox_x101_dcn", "even"): 3e-3}
+# some norms by 1e-3. In double precision we always fall on the exact side. In these runs the
+# recording does not, in one layer each (in single precision, they agree to 1e-3 too): the tolerance
+# for names with this in them.
+GRADIENT_TOLERANCE = {
+    ("segm_r50", "even"): ("", 1.5e-3),
+    ("bbox_x101_dcn", "even"): (".conv_offset.", 3e-3),
+}
 
 
 @pytest.mark.parametrize("run", RUNS_WITH_EMPTY)
@@ -270,13 +273,14 @@ def test_gradients(case, run):
     trainable = set(case.names["trainable"])
     ours, renamed = dict(model.named_parameters()), released_names(case.names["parameters"])
     norms = recorded["ref.grad_l2"].tolist()
-    tolerance = GRADIENT_TOLERANCE.get((case.name, run), 1e-3)
     largest = max(norm for norm in norms if norm == norm)
     for name, expected in zip(case.names["parameters"], norms, strict=True):
         parameter = ours.pop(renamed[name])
         assert parameter.requires_grad == (name in trainable), name
         norm = 0.0 if parameter.grad is None else parameter.grad.norm().item()
         expected = 0.0 if expected != expected else expected  # NaN: no gradient
+        part, wider = GRADIENT_TOLERANCE.get((case.name, run), ("", 1e-3))
+        tolerance = wider if part in name else 1e-3
         assert norm == pytest.approx(expected, rel=tolerance, abs=1e-6 * largest), name
     assert not ours
 
