@@ -189,7 +189,7 @@ def test_assignments(case, run):
     model.eval()
     with torch.no_grad():
         images, _, predictions, points = run_model(model, inputs, True)
-    valid = torch.stack([model.valid_points(points, size) for size in images.image_sizes])
+    valid = torch.stack([model.criterion.valid_points(points, size) for size in images.image_sizes])
     branch = model.branches[0]
     targets = [branch.targets(x["instances"]) for x in inputs]
     # Objects without a box of the first branch take no part; numbers in the recording count them.
@@ -197,7 +197,7 @@ def test_assignments(case, run):
     targets = [t[index] for t, index in zip(targets, present, strict=True)]
     boxes = branch.boxes(branch.decode(predictions.init[0], points.xy, points.strides))
     for stage, assigned in zip(
-        ("init", "refine"), model.assign(points, predictions, targets, valid), strict=True
+        ("init", "refine"), model.criterion.assign(points, predictions, targets, valid), strict=True
     ):
         for i in range(2):
             assert relative_difference(boxes[i], recorded[f"refine_proposals_{i}"]) < 1e-5
