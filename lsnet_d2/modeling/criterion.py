@@ -7,7 +7,6 @@ branch, N positives.
 from dataclasses import dataclass, replace
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.structures import Instances
@@ -17,6 +16,8 @@ from fvcore.nn import sigmoid_focal_loss
 from torch import Tensor, nn
 
 from .assigners import assign_atss, assign_nearest
+from .corner_verification import CornerCriterion
+from .distributed import mean_over_workers
 from .head import HeadOutput
 from .landmarks import LandmarkBranch, LandmarkTargets
 from .points import AnchorPoints, points_in_boxes
@@ -99,6 +100,7 @@ class Criterion:
         init_positives: int = 1,
         atss_topk: int = 9,
         ignore_crowd: bool = True,
+        corners: CornerCriterion | None = None,
     ) -> None:
         """
         Args:
@@ -109,7 +111,8 @@ class Criterion:
             init_positives: anchor points that each object takes in the init stage.
             atss_topk: candidates per level and object in the refine stage.
             ignore_crowd: leave points inside ``ignore_boxes``, and inside objects without what the
-                first branch learns, out of the classification loss.
+                first branch learns, out of the losses of classes and of corner verification.
+            corners: the losses of corner verification, if there is any.
         """
         self.branches = branches
         self.strides = strides
@@ -121,6 +124,7 @@ class Criterion:
         self.init_positives = init_positives
         self.atss_topk = atss_topk
         self.ignore_crowd = ignore_crowd
+        self.corners = corners
 
     @classmethod
     def from_config(
@@ -141,6 +145,7 @@ class Criterion:
             "init_positives": cfg.MODEL.LSNET.INIT_POSITIVES,
             "atss_topk": cfg.MODEL.LSNET.ATSS_TOPK,
             "ignore_crowd": cfg.MODEL.LSNET.IGNORE_CROWD,
+            "corners": CornerCriterion(cfg) if cfg.MODEL.LSNET.CPV else None,
         }
 
     def __call__(
@@ -184,6 +189,15 @@ class Criterion:
         for found in samples if polish is not None else ():
             losses[f"loss_{found.branch.name}_polish"] = self.polish_loss(
                 points, found, polish[found.branch.name], fine
+            )
+        if self.corners is not None:
+            losses |= self.corners(
+                points,
+                predictions.corners,
+                [target.boxes for target in truth.targets[0]],
+                truth.classes,
+                truth.valid,
+                truth.ignored,
             )
         # Classes are learned where the refine stage has its objects.
         counted = truth.valid & ~((assigned < 0) & truth.ignored)
@@ -299,11 +313,7 @@ class Criterion:
         total = per_image.clamp(min=1).sum()
         without = [(~target.present[positives.object]).sum() for target in targets]
         totals = torch.stack([total, *(total - n for n in without)]).float()
-        workers = comm.get_world_size()
-        if workers > 1:
-            dist.all_reduce(totals)
-            totals /= workers
-        return totals.clamp(min=1 / workers)
+        return mean_over_workers(totals).clamp(min=1 / comm.get_world_size())
 
     def classification_loss(
         self, logits: Tensor, assigned: Tensor, gt_classes: list[Tensor], counted: Tensor

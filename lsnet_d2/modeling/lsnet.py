@@ -9,12 +9,19 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
+from .corner_verification import CornerOutput, snap_boxes
 from .criterion import Criterion
 from .head import HeadOutput, LSNetHead
 from .landmarks import LandmarkBranch, build_branches
 from .points import AnchorPoints, make_anchor_points
 from .polish import build_polish
-from .postprocessing import make_instances, rescale_instances, select_detections, top_points
+from .postprocessing import (
+    clip_boxes,
+    make_instances,
+    rescale_instances,
+    select_detections,
+    top_points,
+)
 
 __all__ = ["LSNet"]
 
@@ -154,6 +161,7 @@ class LSNet(DenseDetector):
                 [vectors[image].float() for vectors in predictions.refine],
                 [feature[image : image + 1] for feature in fine],
                 size,
+                None if predictions.corners is None else predictions.corners[image],
             )
             for image, size in enumerate(images.image_sizes)
         ]
@@ -165,6 +173,7 @@ class LSNet(DenseDetector):
         vectors: list[Tensor],
         fine: list[Tensor],
         image_size: tuple[int, int],
+        corners: CornerOutput | None = None,
     ) -> Instances:
         """
         Args:
@@ -172,6 +181,7 @@ class LSNet(DenseDetector):
             vectors: per branch (A, V + 1, 4) in cells.
             fine: each (1, C, H, W), the feature maps that the third stage looks at.
             image_size: (height, width).
+            corners: (A, ...), to which boxes and extreme points are moved.
         """
         kept = top_points(scores, points.per_level, self.test_topk_candidates)
         landmarks = [
@@ -179,8 +189,11 @@ class LSNet(DenseDetector):
             for branch, v in zip(self.branches, vectors, strict=True)
         ]
         boxes = self.branches[0].boxes(landmarks[0])
-        height, width = image_size
-        boxes = torch.minimum(boxes.clamp(min=0), boxes.new_tensor([width, height, width, height]))
+        boxes = clip_boxes(boxes, image_size)
+        if corners is not None:
+            boxes = snap_boxes(boxes, points.levels[kept], points, corners)
+            boxes = clip_boxes(boxes, image_size)
+            landmarks[0] = self.branches[0].moved_to_boxes(landmarks[0], boxes)
         point, classes, scores = select_detections(
             boxes,
             scores[kept],

@@ -1,6 +1,7 @@
 """The whole model against the released code, from pixels to losses, gradients and detections."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from parity import DIRECTORY, Recorded, golden_weight, relative_difference
 from lsnet_d2 import add_lsnet_config
 from lsnet_d2.checkpoint import convert_lsnet_checkpoint, rename_released_key
 from lsnet_d2.layers.pyramid_sampling import unflatten_levels
+from lsnet_d2.modeling import corner_targets
+from lsnet_d2.modeling.assigners import lowest_cost
 from lsnet_d2.modeling.points import make_anchor_points
 from lsnet_d2.modeling.postprocessing import rescale_instances
 
@@ -46,7 +49,7 @@ class Case:
         return read_inputs(self.name, run)
 
 
-@pytest.fixture(scope="module", params=["bbox", "segm", "pose_bbox", "pose_kbox"])
+@pytest.fixture(scope="module", params=["bbox", "segm", "pose_bbox", "pose_kbox", "bbox_cpv"])
 def case(request):
     return build_case(request.param)
 
@@ -54,6 +57,16 @@ def case(request):
 @pytest.fixture(scope="module")
 def bbox_case():
     return build_case("bbox")
+
+
+@pytest.fixture(autouse=True)
+def last_object_gets_the_corner_point(monkeypatch):
+    """Where several objects have the same, as in the released code. (We take the nearest.)"""
+
+    def settle(num_points, chosen, owners, costs):
+        return lowest_cost(num_points, chosen, owners, -owners.to(costs))
+
+    monkeypatch.setattr(corner_targets, "lowest_cost", settle)
 
 
 RUNS = ["even", "odd"]
@@ -66,13 +79,20 @@ def skip_unrecorded(case, run):
         pytest.skip("the released code fails on an image without objects")
 
 
-def build_case(task):
-    case = f"{task}_r50"
+def is_infinite(case, run):
+    """Without objects the semantic loss of the released code is divided by zero."""
+    return case.name == "bbox_cpv_r50" and run == "empty2"
+
+
+def build_case(name):
+    case = f"{name}_r50"
+    task = name.removesuffix("_cpv")
     cfg = get_cfg()
     add_lsnet_config(cfg)
     cfg.merge_from_file(CONFIGS / "Base-LSNet.yaml")
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.LSNET.TASK = task
+    cfg.MODEL.LSNET.CPV = name.endswith("_cpv")
     cfg.MODEL.LSNET.NUM_CLASSES = 1 if task.startswith("pose") else 80
     cfg.MODEL.LSNET.REFERENCE_OFFSETS = True
     cfg.MODEL.LSNET.TRAIN_UNLABELLED_POSES = task == "pose_bbox"
@@ -176,6 +196,10 @@ def test_head_outputs(case, run, variant):
     ):
         outputs[f"ref.{branch.name}_init"] = unflatten_levels(init.flatten(2), sizes)
         outputs[f"{variant}.{branch.name}_refine"] = unflatten_levels(refine.flatten(2), sizes)
+    if predictions.corners is not None:
+        outputs["ref.hm_score"] = unflatten_levels(predictions.corners.heat, sizes)
+        outputs["ref.hm_offset"] = unflatten_levels(predictions.corners.offsets.flatten(2), sizes)
+        outputs["ref.sem_score"] = unflatten_levels(predictions.corners.semantic, sizes)
     for key, levels in outputs.items():
         for level, output in zip(LEVELS, levels, strict=True):
             assert_map(output, recorded, f"{key}_{level}")
@@ -217,11 +241,13 @@ def test_losses(case, run, variant):
     model.head.reference_offsets = VARIANTS[variant]
     with EventStorage(), torch.no_grad():
         losses = model(inputs)
-    for name, value in losses.items():
-        expected = recorded[f"{variant}.{name}"].item()
-        assert value.item() == pytest.approx(expected, rel=1e-4, abs=1e-7), name
-    expected = recorded[f"{variant}.loss_total"].item()
-    assert sum(losses.values()).item() == pytest.approx(expected, rel=1e-4)
+    expected = {name: recorded[f"{variant}.{name}"].item() for name in (*losses, "loss_total")}
+    losses["loss_total"] = sum(losses.values())
+    if is_infinite(case, run):
+        assert expected.pop("loss_sem") == expected.pop("loss_total") == math.inf
+        assert losses["loss_sem"] == 0
+    for name, value in expected.items():
+        assert losses[name].item() == pytest.approx(value, rel=1e-4, abs=1e-7), name
 
 
 # A sampling place on the border between two pixels may fall on either side by rounding, which moves
@@ -233,6 +259,8 @@ GRADIENT_TOLERANCE = {("segm_r50", "even"): 1.5e-3}
 @pytest.mark.parametrize("run", RUNS_WITH_EMPTY)
 def test_gradients(case, run):
     skip_unrecorded(case, run)
+    if is_infinite(case, run):
+        pytest.skip("the loss of the released code is infinite")
     inputs, _, recorded = case.read_inputs(run)
     model = case.model.train()
     model.zero_grad()
@@ -289,7 +317,7 @@ def test_detections(case, run, variant):
         expected = recorded.under(f"{variant}.det_rescaled_{i}")
         proper = Boxes(expected["boxes"]).nonempty()
         rescaled = rescale_instances(result, height, width, model.branches)
-        keys = ("boxes", "scores", "labels", "landmarks")
+        keys = set(expected) & {"boxes", "scores", "labels", "landmarks"}
         assert_detections(rescaled, field, {k: expected[k][proper] for k in keys})
         if "kept_area_gt_1024" in expected:
             rescaled = rescale_instances(result, height, width, model.branches, min_box_area=1024)
@@ -300,9 +328,11 @@ def test_detections(case, run, variant):
 def assert_detections(result, field, expected):
     """Detections agree one to one, but for two at most that near-ties at the cut may exchange."""
     assert len(result) == len(expected["boxes"])
-    landmarks = result.get(field)[..., :2]
-    ours = torch.cat([result.pred_boxes.tensor, landmarks.flatten(1)], dim=1)
-    theirs = torch.cat([expected["boxes"], expected["landmarks"]], dim=1)
+    ours, theirs = result.pred_boxes.tensor, expected["boxes"]
+    if "landmarks" in expected:  # corner verification reports boxes alone
+        landmarks = result.get(field)[..., :2]
+        ours = torch.cat([ours, landmarks.flatten(1)], dim=1)
+        theirs = torch.cat([theirs, expected["landmarks"]], dim=1)
     equal = (ours[:, None] - theirs).abs().amax(dim=2) < 0.01  # pixels
     equal &= (result.scores[:, None] - expected["scores"]).abs() < 1e-4
     equal &= result.pred_classes[:, None] == expected["labels"]
