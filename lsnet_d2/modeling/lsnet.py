@@ -46,6 +46,7 @@ class LSNet(DenseDetector):
         head: LSNetHead,
         head_in_features: list[str],
         branches: list[LandmarkBranch],
+        num_classes: int,
         criterion: Criterion,
         polish: nn.ModuleDict | None = None,
         polish_in_features: Sequence[str] = (),
@@ -76,6 +77,7 @@ class LSNet(DenseDetector):
         shapes = backbone.output_shape()
         self.strides = [shapes[name].stride for name in head_in_features]
         self.branches = branches
+        self.num_classes = num_classes
         self.criterion = criterion
         self.polish = polish
         self.polish_in_features = list(polish_in_features)
@@ -97,6 +99,7 @@ class LSNet(DenseDetector):
             "head": LSNetHead(cfg, [shapes[name] for name in in_features], branches),
             "head_in_features": in_features,
             "branches": branches,
+            "num_classes": cfg.MODEL.LSNET.NUM_CLASSES,
             "criterion": Criterion(
                 cfg,
                 branches,
