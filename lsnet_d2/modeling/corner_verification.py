@@ -31,7 +31,7 @@ from .points import AnchorPoints
 # Heat and an offset (x, y) for each corner.
 EVIDENCE_CHANNELS = 6
 # Of the smooth L1 loss, in cells.
-_OFFSET_BETA = 1 / 9
+OFFSET_BETA = 1 / 9
 _EPS = 1e-12
 
 
@@ -231,47 +231,51 @@ class CornerCriterion:
         num_classes = output.semantic.shape[2]
         corners = [corner_targets(points, *image) for image in zip(boxes, valid, strict=True)]
         heat, offsets = (torch.stack(maps) for maps in zip(*corners, strict=True))
-        area_weights = torch.stack(
+        semantic = torch.stack(
             [
                 semantic_targets(points, *image, num_classes)
                 for image in zip(boxes, classes, valid, strict=True)
             ]
         )
-        positive, covered = heat == 1, area_weights > 0
-        # Both corners have their own number of positives, at least one an image.
-        totals = torch.cat(
-            [
-                positive.sum(dim=1).clamp(min=1).sum(dim=0),
-                covered.sum()[None],
-                area_weights.sum()[None],
-            ]
-        )
-        num_positive, num_covered, total_weight = mean_over_workers(totals).split([2, 1, 1])
-
-        background = ~ignored[..., None]
+        positive, background = heat == 1, ~ignored[..., None]
+        # Each corner has its own normalizer: the number of positives, at least one an image.
+        normalizer = mean_over_workers(positive.sum(dim=1).clamp(min=1).sum(dim=0).float())
         heat_loss = gaussian_focal_loss(output.heat.float(), heat)
         heat_loss = heat_loss * valid[..., None] * (positive | background)
         offset_loss = F.smooth_l1_loss(
-            output.offsets.float(), offsets, reduction="none", beta=_OFFSET_BETA
+            output.offsets.float(), offsets, reduction="none", beta=OFFSET_BETA
         )
         offset_loss = offset_loss * positive[..., None]
-        semantic_loss = sigmoid_focal_loss(
-            output.semantic.float(),
-            covered.float(),
-            alpha=self.focal_loss_alpha,
-            gamma=self.focal_loss_gamma,
-        )
-        # Cells of objects are averaged with their weights; all others, also those outside of the
-        # image, are divided by the number of the former. Without any there is no measure: zero.
-        of_objects = (semantic_loss * area_weights).sum() / total_weight.clamp(min=_EPS)
-        of_others = (semantic_loss * (background & ~covered)).sum() / num_covered.clamp(min=_EPS)
         losses = {
-            "loss_heatmap": (heat_loss.sum(dim=(0, 1)) / num_positive).mean(),
-            "loss_offset": (offset_loss.sum(dim=(0, 1, 3)) / num_positive).mean(),
-            "loss_sem": ((num_covered > 0) * (of_objects + of_others)).squeeze(0),
+            "loss_heatmap": (heat_loss.sum(dim=(0, 1)) / normalizer).mean(),
+            "loss_offset": (offset_loss.sum(dim=(0, 1, 3)) / normalizer).mean(),
+            "loss_sem": self.semantic_loss(output.semantic.float(), semantic, background),
         }
         weights = zip(losses, self.loss_weights, strict=True)
         return {name: weight * losses[name] for name, weight in weights}
+
+    def semantic_loss(self, logits: Tensor, weights: Tensor, background: Tensor) -> Tensor:
+        """Focal loss of the semantic map.
+
+        Cells of objects are averaged with their weights. All others, also those outside of the
+        image, are divided by the number of the former; where there are none, the loss is 0.
+
+        Args:
+            logits: (B, A, K).
+            weights: (B, A, K), see :func:`~.corner_targets.semantic_targets`.
+            background: (B, A, 1) bool, points that teach what they do not belong to.
+        """
+        covered = weights > 0
+        weight, count = mean_over_workers(torch.stack([weights.sum(), covered.sum()]))
+        loss = sigmoid_focal_loss(
+            logits,
+            covered.to(logits),
+            alpha=self.focal_loss_alpha,
+            gamma=self.focal_loss_gamma,
+        )
+        of_objects = (loss * weights).sum() / weight.clamp(min=_EPS)
+        of_others = (loss * (background & ~covered)).sum() / count.clamp(min=_EPS)
+        return (count > 0) * (of_objects + of_others)
 
 
 def snap_boxes(boxes: Tensor, levels: Tensor, points: AnchorPoints, output: CornerOutput) -> Tensor:
