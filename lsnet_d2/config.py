@@ -61,8 +61,8 @@ def add_lsnet_config(cfg: CN) -> None:
     # Candidates per pyramid level and object in the ATSS assignment of the refine stage.
     cfg.MODEL.LSNET.ATSS_TOPK = 9
     # Leave anchor points inside crowd objects, and inside objects without what the first branch
-    # learns, out of the classification loss. False: such points are background, as in the
-    # released code.
+    # learns, out of the losses of classes and of corner verification. False: such points are
+    # background, as in the released code.
     cfg.MODEL.LSNET.IGNORE_CROWD = True
     cfg.MODEL.LSNET.FOCAL_LOSS_ALPHA = 0.25
     cfg.MODEL.LSNET.FOCAL_LOSS_GAMMA = 2.0

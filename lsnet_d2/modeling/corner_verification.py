@@ -30,7 +30,7 @@ from .points import AnchorPoints
 
 # Heat and an offset (x, y) for each corner.
 EVIDENCE_CHANNELS = 6
-# Of the smooth L1 loss, in cells.
+# Where the loss of an offset becomes linear, in cells.
 OFFSET_BETA = 1 / 9
 _EPS = 1e-12
 
