@@ -20,12 +20,35 @@ from .modeling.landmarks import build_branches
 logger = logging.getLogger(__name__)
 
 _BACKBONE = "backbone."
-# Applied in order, each at most once to a key; what no rule renames is refused.
-_TOWER_RULES = [
+# Applied in order, each at most once to a key; what no rule renames is refused. The first are for
+# convolutions with norm.
+_CONV_RULES = [
     (r"\.conv\.(weight|bias|conv_offset\.)", r".0.\1"),
     (r"\.(?:bn|gn)\.", r".1."),
 ]
+_CORNERS = {"tl": "top_left", "br": "bottom_right"}
+_CORNER_RULES = [
+    (r"^bbox_head\.shared_convs\.", r"head.corners.tower."),
+    (r"^bbox_head\.reppoints_sem_out\.", r"head.corners.semantic."),
+    (r"^bbox_head\.reppoints_sem_embedding\.", r"head.corners.embedding."),
+    *[
+        (rf"^bbox_head\.{theirs}", rf"head.corners.{_CORNERS[corner]}.{ours}")
+        for corner in _CORNERS
+        for theirs, ours in [
+            (rf"hem_{corner}\.p1_conv1\.", "pooled.0."),
+            (rf"hem_{corner}\.p2_conv1\.", "pooled.1."),
+            (rf"hem_{corner}\.p_conv1\.", "joined.0."),
+            (rf"hem_{corner}\.p_gn1\.", "joined.1."),
+            (rf"hem_{corner}\.conv1\.", "direct.0."),
+            (rf"hem_{corner}\.gn1\.", "direct.1."),
+            (rf"hem_{corner}\.conv2\.", "fuse."),
+            (rf"reppoints_hem_{corner}_score_out\.", "heat."),
+            (rf"reppoints_hem_{corner}_offset_out\.", "offset."),
+        ]
+    ],
+]
 _HEAD_RULES = [
+    *_CORNER_RULES,
     (r"^bbox_head\.cls_convs\.", r"head.cls_tower."),
     (r"^bbox_head\.(\w+)_convs\.", r"head.branches.\1.tower."),
     (r"^bbox_head\.pts_cls_conv\.", r"head.cls_predictor.sample."),
@@ -103,8 +126,8 @@ def rename_released_key(key: str, *, res2net: bool = False) -> str | None:
         name = rename_backbone_key(key.removeprefix(_BACKBONE), res2net=res2net)
         return name and BACKBONE_PREFIX + name
     name = first_match(key, _HEAD_RULES)
-    if name and ".tower." in name.replace("cls_tower.", "tower."):
-        for pattern, replacement in _TOWER_RULES:
+    if name and re.search(r"tower\.|^head\.corners\.", name):
+        for pattern, replacement in _CONV_RULES:
             name = re.sub(pattern, replacement, name)
     return name
 
@@ -116,6 +139,12 @@ def _check_task(converted: dict[str, Tensor], cfg: CfgNode) -> None:
         raise ValueError(
             f"the checkpoint has the landmark branches {sorted(found)}, but MODEL.LSNET.TASK "
             f"{cfg.MODEL.LSNET.TASK!r} needs {sorted(expected)}"
+        )
+    verified = any(key.startswith("head.corners.") for key in converted)
+    if verified != cfg.MODEL.LSNET.CPV:
+        raise ValueError(
+            f"the checkpoint has {'' if verified else 'no '}corner point verification, but "
+            f"MODEL.LSNET.CPV is {cfg.MODEL.LSNET.CPV}"
         )
     num_classes = len(converted["head.cls_predictor.out.bias"])
     if num_classes != cfg.MODEL.LSNET.NUM_CLASSES:

@@ -42,7 +42,9 @@ def add_lsnet_config(cfg: CN) -> None:
     cfg.MODEL.LSNET.REFERENCE_OFFSETS = False
     # Share of the gradient that flows from the sampling locations back into the initial vectors.
     cfg.MODEL.LSNET.OFFSET_GRADIENT_MUL = 0.1
-    # Corner point verification.
+    # Corner point verification: heat maps of corners and a semantic map inform the head, and boxes
+    # are moved to the corners found. For tasks whose boxes lie between extreme points, without the
+    # third stage.
     cfg.MODEL.LSNET.CPV = False
 
     # Feature maps of the backbone that a third stage looks at, which moves each landmark of the
@@ -59,8 +61,8 @@ def add_lsnet_config(cfg: CN) -> None:
     # Candidates per pyramid level and object in the ATSS assignment of the refine stage.
     cfg.MODEL.LSNET.ATSS_TOPK = 9
     # Leave anchor points inside crowd objects, and inside objects without what the first branch
-    # learns, out of the classification loss. False: such points are background, as in the
-    # released code.
+    # learns, out of the losses of classes and of corner verification. False: such points are
+    # background, as in the released code.
     cfg.MODEL.LSNET.IGNORE_CROWD = True
     cfg.MODEL.LSNET.FOCAL_LOSS_ALPHA = 0.25
     cfg.MODEL.LSNET.FOCAL_LOSS_GAMMA = 2.0
@@ -70,6 +72,8 @@ def add_lsnet_config(cfg: CN) -> None:
     cfg.MODEL.LSNET.INIT_LOSS_WEIGHTS = []
     cfg.MODEL.LSNET.REFINE_LOSS_WEIGHTS = []
     cfg.MODEL.LSNET.POLISH_LOSS_WEIGHT = 2.0
+    # Weights of the losses of corner verification: heat maps, offsets, semantic map.
+    cfg.MODEL.LSNET.CPV_LOSS_WEIGHTS = [0.25, 1.0, 0.1]
     # What an object without a labelled keypoint teaches the pose. False: nothing. True: the
     # vector to its centre, as in the released code.
     cfg.MODEL.LSNET.TRAIN_UNLABELLED_POSES = False

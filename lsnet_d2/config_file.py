@@ -38,7 +38,7 @@ CHOICES = (
 LSNET_CHOICES = (("MODEL.LSNET.TOWER_CONV", ("dcn", "conv")),)
 CLIP_CHOICES = (("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", ("full_model", "value", "norm")),)
 # What LSNet does not do, and would leave out without a word
-NOT_IN_LSNET = ("MODEL.LSNET.CPV", "TEST.AUG.ENABLED")
+NOT_IN_LSNET = ("TEST.AUG.ENABLED",)
 _RESNET_STAGES = 5  # the stem is the first
 _MIN_LEVELS = 3  # that the head samples on
 

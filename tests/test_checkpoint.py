@@ -18,6 +18,12 @@ def released():
     return {name: torch.from_numpy(golden_weight(name, shape)) for name, shape in names.items()}
 
 
+@pytest.fixture(scope="module")
+def released_with_corners():
+    names = json.loads((DIRECTORY / "bbox_cpv_r50.names.json").read_text())["state_dict"]
+    return {name: torch.empty(shape) for name, shape in names.items()}
+
+
 @pytest.fixture
 def cfg():
     return tiny_cfg(NUM_CLASSES=80, REFERENCE_OFFSETS=True)
@@ -46,6 +52,23 @@ def cfg():
         ("bbox_head.pts_segm_init_out.weight", "head.branches.segm.init_out.weight"),
         ("bbox_head.pts_bbox_refine_conv.weight", "head.branches.bbox.refine.sample.weight"),
         ("bbox_head.bbox_GN.weight", "head.branches.bbox.refine.norm.weight"),
+        ("bbox_head.shared_convs.0.bn.bias", "head.corners.tower.0.1.bias"),
+        (
+            "bbox_head.shared_convs.0.conv.conv_offset.weight",
+            "head.corners.tower.0.0.conv_offset.weight",
+        ),
+        ("bbox_head.reppoints_sem_out.bias", "head.corners.semantic.bias"),
+        ("bbox_head.reppoints_sem_embedding.conv.weight", "head.corners.embedding.0.weight"),
+        ("bbox_head.reppoints_sem_embedding.gn.bias", "head.corners.embedding.1.bias"),
+        ("bbox_head.hem_tl.p1_conv1.conv.weight", "head.corners.top_left.pooled.0.0.weight"),
+        ("bbox_head.hem_br.p2_conv1.gn.bias", "head.corners.bottom_right.pooled.1.1.bias"),
+        ("bbox_head.hem_tl.p_conv1.weight", "head.corners.top_left.joined.0.weight"),
+        ("bbox_head.hem_tl.p_gn1.weight", "head.corners.top_left.joined.1.weight"),
+        ("bbox_head.hem_br.conv1.weight", "head.corners.bottom_right.direct.0.weight"),
+        ("bbox_head.hem_br.gn1.bias", "head.corners.bottom_right.direct.1.bias"),
+        ("bbox_head.hem_tl.conv2.gn.weight", "head.corners.top_left.fuse.1.weight"),
+        ("bbox_head.reppoints_hem_br_score_out.bias", "head.corners.bottom_right.heat.bias"),
+        ("bbox_head.reppoints_hem_tl_offset_out.weight", "head.corners.top_left.offset.weight"),
         ("optimizer.state", None),
     ],
 )  # fmt: skip
@@ -58,6 +81,21 @@ def test_every_weight_gets_a_name_of_its_own(released, cfg):
     counters = [name for name in released if name.endswith("num_batches_tracked")]
     assert len(converted) == len(released) - len(counters)
     assert is_released_checkpoint(released) and not is_released_checkpoint(converted)
+
+
+def test_every_weight_of_corner_verification_gets_a_name_of_its_own(released_with_corners, cfg):
+    cfg.MODEL.LSNET.CPV = True
+    converted = convert_lsnet_checkpoint(released_with_corners, cfg)
+    counters = [name for name in released_with_corners if name.endswith("num_batches_tracked")]
+    assert len(converted) == len(released_with_corners) - len(counters)
+
+
+def test_corner_verification_must_be_that_of_the_checkpoint(released, released_with_corners, cfg):
+    with pytest.raises(ValueError, match=r"has corner point.*MODEL\.LSNET\.CPV is False"):
+        convert_lsnet_checkpoint(released_with_corners, cfg)
+    cfg.MODEL.LSNET.CPV = True
+    with pytest.raises(ValueError, match=r"has no corner point.*MODEL\.LSNET\.CPV is True"):
+        convert_lsnet_checkpoint(released, cfg)
 
 
 def test_left_over_keys_are_refused(released, cfg):

@@ -77,7 +77,6 @@ def options(settings):
     [
         (LSNET, "MODEL.LSNET.TOWER_CONV", "dcnn", "'dcnn'; .*dcn, conv"),
         (LSNET, "MODEL.LSNET.IN_FEATURES", "['p3', 'p4']", "3 or more"),
-        (LSNET, "MODEL.LSNET.CPV", "True", "does not have it"),
         (LSNET, "TEST.AUG.ENABLED", "True", "does not have it"),
         (LSNET, "MODEL.LSNET.NUM_CLASSES", "0", "1 or more"),
         (LSNET, "MODEL.BACKBONE.NAME", "build_lsnet_fpn_backbone", "did you mean .*build_lsnet"),

@@ -1,4 +1,5 @@
 from .batch_norm import FixedBatchNorm2d
+from .corner_pooling import corner_pool
 from .deform_conv import ModulatedDeformConv, sampled_conv
 from .point_sampling import sample_features
 from .pyramid_sampling import PyramidDeformConv, PyramidGrid
@@ -8,6 +9,7 @@ __all__ = [
     "ModulatedDeformConv",
     "PyramidDeformConv",
     "PyramidGrid",
+    "corner_pool",
     "sample_features",
     "sampled_conv",
 ]

@@ -60,7 +60,7 @@ def assign_nearest(
         owners.append(objects[:, None].expand_as(nearest).flatten())
         costs.append(distance.flatten())
         start += count
-    return _lowest_cost(num_points, torch.cat(chosen), torch.cat(owners), torch.cat(costs))
+    return lowest_cost(num_points, torch.cat(chosen), torch.cat(owners), torch.cat(costs))
 
 
 def assign_atss(
@@ -123,7 +123,7 @@ def assign_atss(
 
     owners, column = torch.nonzero(positive, as_tuple=True)
     chosen, iou = candidates[owners, column], iou[owners, column]
-    assignment = _lowest_cost(num_points, chosen, owners, -iou)
+    assignment = lowest_cost(num_points, chosen, owners, -iou)
     quality = boxes.new_zeros(num_points)
     won = assignment[chosen] == owners
     quality[chosen[won]] = iou[won]
@@ -151,7 +151,7 @@ def pairwise_iou_inverted(boxes: Tensor, others: Tensor) -> Tensor:
     return intersection / (area + other_area - intersection).clamp(min=_EPS_SIZE)
 
 
-def _lowest_cost(num_points: int, chosen: Tensor, owners: Tensor, costs: Tensor) -> Tensor:
+def lowest_cost(num_points: int, chosen: Tensor, owners: Tensor, costs: Tensor) -> Tensor:
     """Settle who gets each point: the claim of the lowest cost, then of the lowest object index.
 
     Independent of the order of the claims, hence the same on every device.

@@ -4,7 +4,6 @@ Letters: B images, L pyramid levels, A anchor points of all levels together (lev
 row-major), C channels, K classes, V landmarks of a branch.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -12,12 +11,12 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
-from ..layers import ModulatedDeformConv, PyramidDeformConv, PyramidGrid
+from ..layers import PyramidDeformConv, PyramidGrid
 from ..layers.pyramid_sampling import SOURCES_PER_LEVEL, flatten_levels, unflatten_levels
+from .blocks import GROUPS, Tower, same_conv, set_prior
+from .corner_verification import EVIDENCE_CHANNELS, CornerOutput, CornerVerification
 from .landmarks import LandmarkBranch
 from .vectors import COMPONENTS
-
-_GROUPS = 32
 
 
 @dataclass
@@ -28,46 +27,14 @@ class HeadOutput:
         logits: (B, A, K).
         init, refine: per branch (B, A, V + 1, 4), landmark vectors in cells of the point's level.
         sizes: (H, W) of each level.
+        corners: what corner verification predicts, if there is any.
     """
 
     logits: Tensor
     init: list[Tensor]
     refine: list[Tensor]
     sizes: list[tuple[int, int]]
-
-
-def _conv(in_channels: int, out_channels: int, kernel_size: int, *, bias: bool = True) -> nn.Conv2d:
-    """Same-size convolution with the head's initialisation."""
-    conv = nn.Conv2d(
-        in_channels, out_channels, kernel_size, padding=(kernel_size - 1) // 2, bias=bias
-    )
-    nn.init.normal_(conv.weight, std=0.01)
-    if bias:
-        nn.init.zeros_(conv.bias)
-    return conv
-
-
-class ConvNormAct(nn.Sequential):
-    """3x3 convolution, plain or deformable, with GroupNorm and ReLU."""
-
-    def __init__(self, channels: int, kind: str) -> None:
-        if kind == "dcn":
-            conv = ModulatedDeformConv(channels, channels)
-        elif kind == "conv":
-            conv = _conv(channels, channels, 3, bias=False)
-        else:
-            raise ValueError(f"MODEL.LSNET.TOWER_CONV is {kind!r}; it must be 'dcn' or 'conv'")
-        super().__init__(conv, nn.GroupNorm(_GROUPS, channels), nn.ReLU(inplace=True))
-
-
-class Tower(nn.Sequential):
-    """Convolutions that all levels share."""
-
-    def __init__(self, channels: int, num_convs: int, kind: str) -> None:
-        super().__init__(*[ConvNormAct(channels, kind) for _ in range(num_convs)])
-
-    def forward(self, features: list[Tensor]) -> list[Tensor]:
-        return [super(Tower, self).forward(feature) for feature in features]
+    corners: CornerOutput | None = None
 
 
 class SampledPredictor(nn.Module):
@@ -77,16 +44,16 @@ class SampledPredictor(nn.Module):
     of the own level (released code: af_dcn_conv, feat_conv).
     """
 
-    def __init__(self, channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, channels: int, out_channels: int) -> None:
         super().__init__()
-        self.sample = PyramidDeformConv(channels, channels)
-        self.fuse = _conv(SOURCES_PER_LEVEL * channels, channels, 1)
-        self.local = _conv(channels, channels, 3)
-        self.norm = nn.GroupNorm(_GROUPS, channels)
-        self.out = _conv(channels, out_channels, 1)
+        self.sample = PyramidDeformConv(in_channels, channels)
+        self.fuse = same_conv(SOURCES_PER_LEVEL * channels, channels, 1)
+        self.local = same_conv(in_channels, channels, 3)
+        self.norm = nn.GroupNorm(GROUPS, channels)
+        self.out = same_conv(channels, out_channels, 1)
 
     def forward(self, features: list[Tensor], grid: PyramidGrid) -> Tensor:
-        """Per level (B, C, H, W) to (B, A, out_channels)."""
+        """Per level (B, in_channels, H, W) to (B, A, out_channels)."""
         outputs = []
         levels = unflatten_levels(self.sample(features, grid), grid.sizes)
         for feature, sampled in zip(features, levels, strict=True):
@@ -98,15 +65,27 @@ class SampledPredictor(nn.Module):
 class BranchLayers(nn.Module):
     """The layers of one landmark branch: tower, initial vectors, refined vectors."""
 
-    def __init__(self, branch: LandmarkBranch, channels: int, num_convs: int, kind: str) -> None:
+    def __init__(
+        self,
+        branch: LandmarkBranch,
+        channels: int,
+        num_convs: int,
+        kind: str,
+        *,
+        extra_channels: int = 0,
+    ) -> None:
+        """
+        Args:
+            extra_channels: that the refine stage gets besides those of the tower.
+        """
         super().__init__()
         self.branch = branch
         self.vector_channels = COMPONENTS * branch.num_vectors
         self.tower = Tower(channels, num_convs, kind)
-        self.init_conv = _conv(channels, channels, 3)
+        self.init_conv = same_conv(channels, channels, 3)
         # Free sampling points are predicted as (y, x), after the vectors.
-        self.init_out = _conv(channels, self.vector_channels + 2 * branch.num_free_points, 1)
-        self.refine = SampledPredictor(channels, self.vector_channels)
+        self.init_out = same_conv(channels, self.vector_channels + 2 * branch.num_free_points, 1)
+        self.refine = SampledPredictor(channels + extra_channels, channels, self.vector_channels)
 
     def initial(self, features: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Initial vectors (B, A, V + 1, 4), and sampling points (B, A, 9, 2) as x, y, in cells."""
@@ -125,7 +104,8 @@ class BranchLayers(nn.Module):
 class LSNetHead(nn.Module):
     """A tower for classes, one for each landmark branch, and sampling at the landmarks between.
 
-    Each branch samples at its own landmarks, the classes where the last branch does.
+    Each branch samples at its own landmarks, the classes where the last branch does. Corner
+    verification informs the classes and the first branch, whose boxes it verifies.
     """
 
     @configurable
@@ -135,6 +115,7 @@ class LSNetHead(nn.Module):
         in_channels: int,
         num_classes: int,
         branches: list[LandmarkBranch],
+        corners: CornerVerification | None = None,
         tower_conv: str = "dcn",
         num_convs: int = 3,
         prior_prob: float = 0.01,
@@ -146,6 +127,7 @@ class LSNetHead(nn.Module):
             in_channels: C, a multiple of 32, at least 64.
             num_classes: K.
             branches: landmark branches, at least one.
+            corners: corner verification, with the same C and K; None: nothing is verified.
             tower_conv: "dcn" or "conv".
             num_convs: convolutions of each tower.
             prior_prob: score of every class before training.
@@ -153,21 +135,25 @@ class LSNetHead(nn.Module):
             offset_gradient_mul: factor on the gradient from sampling places to initial vectors.
         """
         super().__init__()
-        if in_channels % _GROUPS or in_channels == _GROUPS:
+        if in_channels % GROUPS or in_channels == GROUPS:
             # with one channel a group, the norm of a level of one cell is undefined
             raise ValueError(
-                f"the head needs a larger multiple of {_GROUPS} channels "
+                f"the head needs a larger multiple of {GROUPS} channels "
                 f"(MODEL.FPN.OUT_CHANNELS), got {in_channels}"
             )
         self.reference_offsets = reference_offsets
         self.offset_gradient_mul = offset_gradient_mul
         self.cls_tower = Tower(in_channels, num_convs, tower_conv)
-        self.cls_predictor = SampledPredictor(in_channels, num_classes)
-        self.branches = nn.ModuleDict(
-            {b.name: BranchLayers(b, in_channels, num_convs, tower_conv) for b in branches}
-        )
-        # The focal loss starts from rare objects.
-        nn.init.constant_(self.cls_predictor.out.bias, -math.log((1 - prior_prob) / prior_prob))
+        extra = EVIDENCE_CHANNELS if corners else 0
+        self.cls_predictor = SampledPredictor(in_channels + extra, in_channels, num_classes)
+        self.branches = nn.ModuleDict()
+        for branch in branches:
+            self.branches[branch.name] = BranchLayers(
+                branch, in_channels, num_convs, tower_conv, extra_channels=extra
+            )
+            extra = 0
+        self.corners = corners
+        set_prior(self.cls_predictor.out, prior_prob)
 
     @classmethod
     def from_config(
@@ -176,10 +162,13 @@ class LSNetHead(nn.Module):
         channels = {shape.channels for shape in input_shape}
         if len(channels) != 1:
             raise ValueError(f"all levels must have the same number of channels, got {channels}")
+        (channels,) = channels
+        corners = CornerVerification(cfg, channels, branches) if cfg.MODEL.LSNET.CPV else None
         return {
-            "in_channels": channels.pop(),
+            "in_channels": channels,
             "num_classes": cfg.MODEL.LSNET.NUM_CLASSES,
             "branches": branches,
+            "corners": corners,
             "tower_conv": cfg.MODEL.LSNET.TOWER_CONV,
             "num_convs": cfg.MODEL.LSNET.NUM_CONVS,
             "prior_prob": cfg.MODEL.LSNET.PRIOR_PROB,
@@ -191,12 +180,20 @@ class LSNetHead(nn.Module):
         """Per-level features (B, C, H, W), finest first."""
         sizes = [tuple(feature.shape[-2:]) for feature in features]
         init, refine = [], []
+        corners = context = None
         for layers in self.branches.values():
-            branch_features = layers.tower(features)
+            branch_features = sampled = layers.tower(features)
+            if self.corners is not None and corners is None:  # the first branch
+                corners, context = self.corners(branch_features)
+                branch_features = context.add(branch_features)
+                sampled = context.join(branch_features)
             vectors, points = layers.initial(branch_features)
             points = points.detach().lerp(points, self.offset_gradient_mul)
             grid = PyramidGrid(points, sizes, reference_offsets=self.reference_offsets)
             init.append(vectors)
-            refine.append(layers.refined(branch_features, grid, vectors))
-        logits = self.cls_predictor(self.cls_tower(features), grid)
-        return HeadOutput(logits=logits, init=init, refine=refine, sizes=sizes)
+            refine.append(layers.refined(sampled, grid, vectors))
+        cls_features = self.cls_tower(features)
+        if context is not None:
+            cls_features = context.join(context.add(cls_features))
+        logits = self.cls_predictor(cls_features, grid)
+        return HeadOutput(logits=logits, init=init, refine=refine, sizes=sizes, corners=corners)

@@ -251,6 +251,18 @@ class ExtremeBranch(LandmarkBranch):
         top, left, bottom, right = landmarks.unbind(-2)
         return torch.stack([left[..., 0], top[..., 1], right[..., 0], bottom[..., 1]], dim=-1)
 
+    def moved_to_boxes(self, landmarks: Tensor, boxes: Tensor) -> Tensor:
+        """Extreme points (..., 4, 2) put on the sides of boxes (..., 4), to which they then lead.
+
+        Where on its side a point lies does not change, unless that is beyond the end of the side.
+        """
+        low, high = boxes[..., None, :2], boxes[..., None, 2:]
+        x, y = torch.minimum(torch.maximum(landmarks, low), high).unbind(-1)
+        x1, y1, x2, y2 = boxes.unbind(-1)
+        x = torch.stack([x[..., 0], x1, x[..., 2], x2], dim=-1)
+        y = torch.stack([y1, y[..., 1], y2, y[..., 3]], dim=-1)
+        return torch.stack([x, y], dim=-1)
+
     def overlap_and_penalty(self, vectors, target_vectors, boxes, targets):
         overlap = cross_iou(vectors, target_vectors)
         return overlap, box_penalty(boxes, targets.boxes, overlap)

@@ -1,7 +1,7 @@
-"""Cross-IOU losses of landmark vectors (paper, section 3.2) and their box terms.
+"""Cross-IOU losses of landmark vectors (paper, section 3.2), their box terms, heat map losses.
 
-All functions work on positive anchor points only and return one value per point, so that the
-caller decides on weights and normalisers. Vectors are in any one unit of length.
+All functions return one value per point, so that the caller decides on weights and normalisers.
+Those of vectors work on positive anchor points only, in any one unit of length.
 
 Letters: N positive points, V landmarks. Predictions have V + 1 vectors: the last one points to the
 centre of the object's box.
@@ -10,6 +10,7 @@ centre of the object's box.
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _EPS = 1e-6
@@ -101,3 +102,23 @@ def box_penalty(pred_boxes: Tensor, gt_boxes: Tensor, overlap: Tensor) -> Tensor
     )
     aspect = 4 / math.pi**2 * angle.square()
     return distance / diagonal + aspect.square() / (1 - overlap + aspect).clamp(min=_EPS)
+
+
+def gaussian_focal_loss(
+    logits: Tensor, target: Tensor, *, alpha: float = 2.0, gamma: float = 4.0
+) -> Tensor:
+    """Focal loss of heat maps (CornerNet, arXiv 1808.01244): near a peak less is lost.
+
+    Args:
+        logits: any shape.
+        target: same shape, in [0, 1], 1 at the peaks.
+        alpha: exponent of the score's error.
+        gamma: exponent of 1 minus the target where it is not 1.
+
+    Returns:
+        same shape.
+    """
+    scores = logits.sigmoid()
+    peak = -((1 - scores) ** alpha) * F.logsigmoid(logits)
+    other = -(scores**alpha) * (1 - target) ** gamma * F.logsigmoid(-logits)
+    return torch.where(target == 1, peak, other)

@@ -15,12 +15,24 @@ class AnchorPoints:
     Attributes:
         xy: (A, 2) float32, in pixels of the network's input.
         strides: (A,) float32.
-        per_level: number of points of each level.
+        sizes: (H, W) of each level.
     """
 
     xy: Tensor
     strides: Tensor
-    per_level: list[int]
+    sizes: list[tuple[int, int]]
+
+    @property
+    def per_level(self) -> list[int]:
+        """Number of points of each level."""
+        return [height * width for height, width in self.sizes]
+
+    @property
+    def levels(self) -> Tensor:
+        """(A,) index of each point's level."""
+        numbers = torch.arange(len(self.sizes), device=self.xy.device)
+        repeats = torch.tensor(self.per_level, device=self.xy.device)
+        return numbers.repeat_interleave(repeats)
 
 
 def make_anchor_points(
@@ -36,10 +48,9 @@ def make_anchor_points(
         y = torch.arange(height, dtype=torch.float32, device=device) * stride
         x = torch.arange(width, dtype=torch.float32, device=device) * stride
         xy.append(torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).view(-1, 2))
-    per_level = [len(level) for level in xy]
     stride = torch.tensor(strides, dtype=torch.float32, device=device)
-    repeats = torch.tensor(per_level, device=device)
-    return AnchorPoints(torch.cat(xy), stride.repeat_interleave(repeats), per_level)
+    repeats = torch.tensor([len(level) for level in xy], device=device)
+    return AnchorPoints(torch.cat(xy), stride.repeat_interleave(repeats), sizes)
 
 
 def points_in_boxes(points: Tensor, boxes: Tensor) -> Tensor:

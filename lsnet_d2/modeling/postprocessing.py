@@ -29,6 +29,12 @@ def top_points(scores: Tensor, points_per_level: list[int], topk: int) -> Tensor
     return torch.cat(kept)
 
 
+def clip_boxes(boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """Limit boxes (..., 4) XYXY to an image of (height, width)."""
+    height, width = image_size
+    return torch.minimum(boxes.clamp(min=0), boxes.new_tensor([width, height, width, height]))
+
+
 def select_detections(
     boxes: Tensor,
     scores: Tensor,

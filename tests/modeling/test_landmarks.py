@@ -237,3 +237,14 @@ class TestBuildBranches:
     def test_number_of_weights_must_be_that_of_branches(self):
         with pytest.raises(ValueError, match=r"MODEL\.LSNET\.INIT_LOSS_WEIGHTS.*extreme"):
             build_branches(tiny_cfg(INIT_LOSS_WEIGHTS=[1.0, 2.0]))
+
+
+def test_extreme_points_move_to_the_sides_of_boxes():
+    branch = ExtremeBranch()
+    points = torch.tensor([[[30.0, 10], [20, 15], [70, 90], [80, 40]]])  # top, left, bottom, right
+    assert torch.equal(branch.moved_to_boxes(points, branch.boxes(points)), points)
+    boxes = torch.tensor([[22.0, 18, 60, 99]])
+    moved = branch.moved_to_boxes(points, boxes)
+    assert moved.tolist() == [[[30, 18], [22, 18], [60, 99], [60, 40]]]
+    assert torch.equal(branch.boxes(moved), boxes)
+    assert branch.moved_to_boxes(points[:0], boxes[:0]).shape == (0, 4, 2)

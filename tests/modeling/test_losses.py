@@ -7,6 +7,7 @@ from lsnet_d2.modeling.losses import (
     cross_iou,
     cross_iou_grouped,
     cross_iou_per_coordinate,
+    gaussian_focal_loss,
 )
 from lsnet_d2.modeling.vectors import decode_vectors
 
@@ -122,3 +123,23 @@ def test_no_positive_points():
     assert cross_iou(none, none).shape == (0,)
     assert cross_iou_grouped(none, none, 2).shape == (0,)
     assert box_penalty(torch.zeros(0, 4), torch.zeros(0, 4), torch.zeros(0)).shape == (0,)
+
+
+def test_heat_map_loss_is_that_of_the_released_code():
+    recorded = Recorded("comp_losses.npz", "gauss.")
+    scores = recorded["pred_prob"].double()
+    logits = scores.logit().requires_grad_()
+    loss = gaussian_focal_loss(logits, recorded["target"].double())
+    loss = 0.25 * (loss * recorded["weight"]).sum() / 15
+    loss.backward()
+    assert relative_difference(loss, recorded["loss_w025_avg15"]) < 1e-6
+    by_score = logits.grad / (scores * (1 - scores))
+    assert relative_difference(by_score, recorded["grad"]) < 1e-6
+
+
+def test_heat_map_loss_is_finite_for_any_logit():
+    logits = torch.tensor([-200.0, 200.0] * 2, requires_grad=True)
+    loss = gaussian_focal_loss(logits, torch.tensor([1.0, 1.0, 0.0, 0.5]))
+    assert loss.tolist() == [200, 0, 0, 200 * 0.5**4]
+    loss.sum().backward()
+    assert logits.grad.tolist() == [-1, 0, 0, 0.5**4]

@@ -90,7 +90,7 @@ def test_points_on_batch_padding_do_not_count():
     """The loss of a small image must not depend on a larger neighbour's padding."""
     model = tiny_model()
     points = make_anchor_points([(12, 16), (6, 8), (3, 4)], [8, 16, 32], torch.device("cpu"))
-    valid = model.valid_points(points, (40, 70))  # padded to 64 x 96
+    valid = model.criterion.valid_points(points, (40, 70))  # padded to 64 x 96
     finest = valid[: 12 * 16].view(12, 16)
     assert finest[:8, :12].all() and finest.sum() == 8 * 12
     assert valid[-12:].view(3, 4).sum() == 2 * 3

@@ -1,6 +1,7 @@
 """The whole model against the released code, from pixels to losses, gradients and detections."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from parity import DIRECTORY, Recorded, golden_weight, relative_difference
 from lsnet_d2 import add_lsnet_config
 from lsnet_d2.checkpoint import convert_lsnet_checkpoint, released_names
 from lsnet_d2.layers.pyramid_sampling import unflatten_levels
+from lsnet_d2.modeling import corner_targets
+from lsnet_d2.modeling.assigners import lowest_cost
 from lsnet_d2.modeling.points import make_anchor_points
 from lsnet_d2.modeling.postprocessing import rescale_instances
 
@@ -52,14 +55,12 @@ CONFIG_FILES = {
     "segm_r50": "segm/lsnet_R_50_FPN_1x.yaml",
     "pose_bbox_r50": "pose/lsnet_bbox_R_50_FPN_1x.yaml",
     "pose_kbox_r50": "pose/lsnet_kbox_R_50_FPN_1x.yaml",
+    "bbox_cpv_r50": "bbox/lsnet_cpv_R_50_FPN_1x.yaml",
     "bbox_x101_dcn": "bbox/lsnet_X_101_64x4d_DCN_FPN_ms_2x.yaml",
+    "bbox_cpv_r2101_dcn": "bbox/lsnet_cpv_R2_101_DCN_FPN_ms_2x.yaml",
 }
-# Of these the backbone and the pyramid
-PYRAMID_CONFIG_FILES = {
-    "bbox_r50": CONFIG_FILES["bbox_r50"],
-    "bbox_x101_dcn": CONFIG_FILES["bbox_x101_dcn"],
-    "bbox_cpv_r2101_dcn": "segm/lsnet_R2_101_DCN_FPN_ms_30e.yaml",
-}
+# Features are recorded once for each backbone.
+BACKBONES = ["bbox_r50", "bbox_x101_dcn", "bbox_cpv_r2101_dcn"]
 
 
 def with_slow(names):
@@ -72,10 +73,19 @@ def case(request):
     return build_case(request.param)
 
 
-@pytest.fixture(scope="module", params=with_slow(PYRAMID_CONFIG_FILES))
-def pyramid_case(request):
-    name = request.param
-    return build_case(name, PYRAMID_CONFIG_FILES[name], with_head=name in CONFIG_FILES)
+@pytest.fixture(scope="module", params=with_slow(BACKBONES))
+def backbone_case(request):
+    return build_case(request.param)
+
+
+@pytest.fixture(autouse=True)
+def last_object_gets_the_corner_point(monkeypatch):
+    """Where several objects have the same, as in the released code. (We take the nearest.)"""
+
+    def settle(num_points, chosen, owners, costs):
+        return lowest_cost(num_points, chosen, owners, -owners.to(costs))
+
+    monkeypatch.setattr(corner_targets, "lowest_cost", settle)
 
 
 RUNS = ["even", "odd"]
@@ -88,23 +98,21 @@ def skip_unrecorded(case, run):
         pytest.skip("not recorded; the released code fails for most tasks without objects")
 
 
-def build_case(name, config_file=None, with_head=True):
+def is_infinite(case, run):
+    """Without objects the semantic loss of the released code is divided by zero."""
+    return case.name == "bbox_cpv_r50" and run == "empty2"
+
+
+def build_case(name):
     cfg = get_cfg()
     add_lsnet_config(cfg)
-    cfg.merge_from_file(CONFIGS / (config_file or CONFIG_FILES[name]))
+    cfg.merge_from_file(CONFIGS / CONFIG_FILES[name])
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.LSNET.REFERENCE_OFFSETS = True
     cfg.MODEL.LSNET.IGNORE_CROWD = False
     model = build_model(cfg)
     weights, names = released_state_dict(name)
-    if with_head:
-        model.load_state_dict(convert_lsnet_checkpoint(weights, cfg), strict=True)
-    else:
-        ours = released_names(key for key in weights if not key.startswith("bbox_head."))
-        model.backbone.load_state_dict(
-            {new.removeprefix("backbone."): weights[old] for old, new in ours.items() if new},
-            strict=True,
-        )
+    model.load_state_dict(convert_lsnet_checkpoint(weights, cfg), strict=True)
     return Case(name, model, names)
 
 
@@ -162,9 +170,9 @@ def assert_map(actual, recorded, key, tolerance=1e-3):
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_inputs_and_features(pyramid_case, run):
-    model = pyramid_case.model
-    inputs, recorded_images, recorded = pyramid_case.read_inputs(run)
+def test_inputs_and_features(backbone_case, run):
+    model = backbone_case.model
+    inputs, recorded_images, recorded = backbone_case.read_inputs(run)
     model.eval()
     with torch.no_grad():
         images = model.preprocess_image(inputs)
@@ -195,6 +203,10 @@ def test_head_outputs(case, run, variant):
     ):
         outputs[f"ref.{branch.name}_init"] = unflatten_levels(init.flatten(2), sizes)
         outputs[f"{variant}.{branch.name}_refine"] = unflatten_levels(refine.flatten(2), sizes)
+    if predictions.corners is not None:
+        outputs["ref.hm_score"] = unflatten_levels(predictions.corners.heat, sizes)
+        outputs["ref.hm_offset"] = unflatten_levels(predictions.corners.offsets.flatten(2), sizes)
+        outputs["ref.sem_score"] = unflatten_levels(predictions.corners.semantic, sizes)
     for key, levels in outputs.items():
         for level, output in zip(LEVELS, levels, strict=True):
             assert_map(output, recorded, f"{key}_{level}")
@@ -208,7 +220,7 @@ def test_assignments(case, run):
     model.eval()
     with torch.no_grad():
         images, _, predictions, points = run_model(model, inputs, True)
-    valid = torch.stack([model.valid_points(points, size) for size in images.image_sizes])
+    valid = torch.stack([model.criterion.valid_points(points, size) for size in images.image_sizes])
     branch = model.branches[0]
     targets = [branch.targets(x["instances"]) for x in inputs]
     # Objects without a box of the first branch take no part; numbers in the recording count them.
@@ -216,7 +228,7 @@ def test_assignments(case, run):
     targets = [t[index] for t, index in zip(targets, present, strict=True)]
     boxes = branch.boxes(branch.decode(predictions.init[0], points.xy, points.strides))
     for stage, assigned in zip(
-        ("init", "refine"), model.assign(points, predictions, targets, valid), strict=True
+        ("init", "refine"), model.criterion.assign(points, predictions, targets, valid), strict=True
     ):
         for i in range(2):
             assert relative_difference(boxes[i], recorded[f"refine_proposals_{i}"]) < 1e-5
@@ -236,11 +248,13 @@ def test_losses(case, run, variant):
     model.head.reference_offsets = VARIANTS[variant]
     with EventStorage(), torch.no_grad():
         losses = model(inputs)
-    for name, value in losses.items():
-        expected = recorded[f"{variant}.{name}"].item()
-        assert value.item() == pytest.approx(expected, rel=1e-4, abs=1e-7), name
-    expected = recorded[f"{variant}.loss_total"].item()
-    assert sum(losses.values()).item() == pytest.approx(expected, rel=1e-4)
+    expected = {name: recorded[f"{variant}.{name}"].item() for name in (*losses, "loss_total")}
+    losses["loss_total"] = sum(losses.values())
+    if is_infinite(case, run):
+        assert expected.pop("loss_sem") == expected.pop("loss_total") == math.inf
+        assert losses["loss_sem"] == 0
+    for name, value in expected.items():
+        assert losses[name].item() == pytest.approx(value, rel=1e-4, abs=1e-7), name
 
 
 # A sampling place on the border between two pixels may fall on either side by rounding, which moves
@@ -250,12 +264,15 @@ def test_losses(case, run, variant):
 GRADIENT_TOLERANCE = {
     ("segm_r50", "even"): ("", 1.5e-3),
     ("bbox_x101_dcn", "even"): (".conv_offset.", 3e-3),
+    ("bbox_cpv_r2101_dcn", "even"): (".conv_offset.", 4e-3),
 }
 
 
 @pytest.mark.parametrize("run", RUNS_WITH_EMPTY)
 def test_gradients(case, run):
     skip_unrecorded(case, run)
+    if is_infinite(case, run):
+        pytest.skip("the loss of the released code is infinite")
     inputs, _, recorded = case.read_inputs(run)
     if "ref.grad_l2" not in recorded:
         pytest.skip("gradients of this run are not recorded")
@@ -315,7 +332,7 @@ def test_detections(case, run, variant):
         expected = recorded.under(f"{variant}.det_rescaled_{i}")
         proper = Boxes(expected["boxes"]).nonempty()
         rescaled = rescale_instances(result, height, width, model.branches)
-        keys = ("boxes", "scores", "labels", "landmarks")
+        keys = set(expected) & {"boxes", "scores", "labels", "landmarks"}
         assert_detections(rescaled, field, {k: expected[k][proper] for k in keys})
         if "kept_area_gt_1024" in expected:
             rescaled = rescale_instances(result, height, width, model.branches, min_box_area=1024)
@@ -326,9 +343,11 @@ def test_detections(case, run, variant):
 def assert_detections(result, field, expected):
     """Detections agree one to one, but for two at most that near-ties at the cut may exchange."""
     assert len(result) == len(expected["boxes"])
-    landmarks = result.get(field)[..., :2]
-    ours = torch.cat([result.pred_boxes.tensor, landmarks.flatten(1)], dim=1)
-    theirs = torch.cat([expected["boxes"], expected["landmarks"]], dim=1)
+    ours, theirs = result.pred_boxes.tensor, expected["boxes"]
+    if "landmarks" in expected:  # corner verification reports boxes alone
+        landmarks = result.get(field)[..., :2]
+        ours = torch.cat([ours, landmarks.flatten(1)], dim=1)
+        theirs = torch.cat([theirs, expected["landmarks"]], dim=1)
     equal = (ours[:, None] - theirs).abs().amax(dim=2) < 0.01  # pixels
     equal &= (result.scores[:, None] - expected["scores"]).abs() < 1e-4
     equal &= result.pred_classes[:, None] == expected["labels"]

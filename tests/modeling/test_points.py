@@ -10,6 +10,7 @@ def test_points_lie_on_cell_corners():
     ]  # fmt: skip
     assert points.strides.tolist() == [8] * 6 + [16] * 2
     assert points.per_level == [6, 2]
+    assert points.levels.tolist() == [0] * 6 + [1] * 2
 
 
 def test_points_in_boxes():

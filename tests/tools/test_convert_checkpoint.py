@@ -19,7 +19,9 @@ CONFIGS = {
     "segm_r50": "segm/lsnet_R_50_FPN_1x.yaml",
     "pose_bbox_r50": "pose/lsnet_bbox_R_50_FPN_1x.yaml",
     "pose_kbox_r50": "pose/lsnet_kbox_R_50_FPN_1x.yaml",
+    "bbox_cpv_r50": "bbox/lsnet_cpv_R_50_FPN_1x.yaml",
     "bbox_x101_dcn": "bbox/lsnet_X_101_64x4d_DCN_FPN_ms_2x.yaml",
+    "bbox_cpv_r2101_dcn": "bbox/lsnet_cpv_R2_101_DCN_FPN_ms_2x.yaml",
 }
 
 

@@ -1,0 +1,379 @@
+"""What the anchor points learn: assignment, normalizers, and the losses of a batch.
+
+Letters: B images, A anchor points of all levels together, G objects, K classes, V landmarks of a
+branch, N positives.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from detectron2.structures import Instances
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+from fvcore.nn import sigmoid_focal_loss
+from torch import Tensor, nn
+
+from .assigners import assign_atss, assign_nearest
+from .corner_verification import CornerCriterion
+from .distributed import mean_over_workers
+from .head import HeadOutput
+from .landmarks import LandmarkBranch, LandmarkTargets
+from .points import AnchorPoints, points_in_boxes
+from .vectors import encode_vectors
+
+# The landmark losses are computed in units of this many cells (released code: point_base_scale).
+_BASE_SCALE = 4
+
+
+@dataclass
+class GroundTruth:
+    """What a batch has to teach.
+
+    Attributes:
+        targets: per branch and image.
+        classes: per image (G,).
+        valid: (B, A) bool, points on the image and on its own padding.
+        ignored: (B, A) bool, points in regions that are neither object nor background.
+    """
+
+    targets: list[list[LandmarkTargets]]
+    classes: list[Tensor]
+    valid: Tensor
+    ignored: Tensor
+
+
+@dataclass
+class Positives:
+    """Anchor points that learn an object, N of them.
+
+    Attributes:
+        image, point: (N,) where they are.
+        object: (N,) what they learn, counted through all images.
+    """
+
+    image: Tensor
+    point: Tensor
+    object: Tensor
+
+    def __getitem__(self, index: Tensor) -> "Positives":
+        return Positives(self.image[index], self.point[index], self.object[index])
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+
+@dataclass
+class BranchSamples:
+    """What one branch predicts in one stage where it has something to learn, and what that is.
+
+    Attributes:
+        branch: whose landmarks they are.
+        vectors: (N, V + 1, 4) in cells.
+        positives: N points with objects from which the branch learns.
+        targets: of the objects of all images.
+        normalizer: scalar, what the loss is divided by.
+    """
+
+    branch: LandmarkBranch
+    vectors: Tensor
+    positives: Positives
+    targets: LandmarkTargets
+    normalizer: Tensor
+
+
+class Criterion:
+    """The losses of a batch, from dense predictions and the objects of its images."""
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        branches: list[LandmarkBranch],
+        strides: list[int],
+        padding_divisor: int,
+        num_classes: int,
+        cls_loss_weight: float = 1.0,
+        focal_loss_alpha: float = 0.25,
+        focal_loss_gamma: float = 2.0,
+        init_positives: int = 1,
+        atss_topk: int = 9,
+        ignore_crowd: bool = True,
+        corners: CornerCriterion | None = None,
+    ) -> None:
+        """
+        Args:
+            branches: the first one supplies the boxes of assignment.
+            strides: of the levels, finest first.
+            padding_divisor: images alone are padded to a multiple of it.
+            num_classes: K.
+            init_positives: anchor points that each object takes in the init stage.
+            atss_topk: candidates per level and object in the refine stage.
+            ignore_crowd: leave points inside ``ignore_boxes``, and inside objects without what the
+                first branch learns, out of the losses of classes and of corner verification.
+            corners: the losses of corner verification, if there is any.
+        """
+        self.branches = branches
+        self.strides = strides
+        self.padding_divisor = max(padding_divisor, 1)
+        self.num_classes = num_classes
+        self.cls_loss_weight = cls_loss_weight
+        self.focal_loss_alpha = focal_loss_alpha
+        self.focal_loss_gamma = focal_loss_gamma
+        self.init_positives = init_positives
+        self.atss_topk = atss_topk
+        self.ignore_crowd = ignore_crowd
+        self.corners = corners
+
+    @classmethod
+    def from_config(
+        cls,
+        cfg: CfgNode,
+        branches: list[LandmarkBranch],
+        strides: list[int],
+        padding_divisor: int,
+    ) -> dict:
+        return {
+            "branches": branches,
+            "strides": strides,
+            "padding_divisor": padding_divisor,
+            "num_classes": cfg.MODEL.LSNET.NUM_CLASSES,
+            "cls_loss_weight": cfg.MODEL.LSNET.CLS_LOSS_WEIGHT,
+            "focal_loss_alpha": cfg.MODEL.LSNET.FOCAL_LOSS_ALPHA,
+            "focal_loss_gamma": cfg.MODEL.LSNET.FOCAL_LOSS_GAMMA,
+            "init_positives": cfg.MODEL.LSNET.INIT_POSITIVES,
+            "atss_topk": cfg.MODEL.LSNET.ATSS_TOPK,
+            "ignore_crowd": cfg.MODEL.LSNET.IGNORE_CROWD,
+            "corners": CornerCriterion(cfg) if cfg.MODEL.LSNET.CPV else None,
+        }
+
+    def __call__(
+        self,
+        points: AnchorPoints,
+        predictions: HeadOutput,
+        image_sizes: list[tuple[int, int]],
+        batched_inputs: list[dict],
+        *,
+        polish: nn.ModuleDict | None = None,
+        fine: list[Tensor] = (),
+    ) -> dict[str, Tensor]:
+        """Losses by name, each a scalar with its weight.
+
+        Args:
+            image_sizes: (height, width) of each image.
+            batched_inputs: with ``instances`` and, where there are any, ``ignore_boxes``.
+            polish: by name of the branch, its third stage; None: there is none.
+            fine: the feature maps that it looks at.
+        """
+        truth = self.ground_truth(points, image_sizes, batched_inputs)
+        assignments = self.assign(points, predictions, truth.targets[0], truth.valid)
+        targets = [LandmarkTargets.cat(t) for t in truth.targets]
+        losses = {}
+        for stage, assigned, dense in zip(
+            ("init", "refine"), assignments, (predictions.init, predictions.refine), strict=True
+        ):
+            positives = self.positives(assigned, [len(x) for x in truth.classes])
+            normalizers = self.normalizers(positives, targets, len(assigned))
+            count = len(positives) / len(assigned)
+            get_event_storage().put_scalar(f"lsnet/num_pos_{stage}", count)
+            samples = []
+            for i, branch in enumerate(self.branches):
+                learned = positives[targets[i].present[positives.object]]
+                vectors = dense[i][learned.image, learned.point].float()
+                found = BranchSamples(branch, vectors, learned, targets[i], normalizers[i + 1])
+                loss = branch.loss_weights[stage] * self.landmark_loss(points, found)
+                losses[f"loss_{branch.name}_{stage}"] = loss / found.normalizer
+                samples.append(found)
+        # The third stage goes on from what the refine stage found.
+        for found in samples if polish is not None else ():
+            losses[f"loss_{found.branch.name}_polish"] = self.polish_loss(
+                points, found, polish[found.branch.name], fine
+            )
+        if self.corners is not None:
+            losses |= self.corners(
+                points,
+                predictions.corners,
+                [target.boxes for target in truth.targets[0]],
+                truth.classes,
+                truth.valid,
+                truth.ignored,
+            )
+        # Classes are learned where the refine stage has its objects.
+        counted = truth.valid & ~((assigned < 0) & truth.ignored)
+        loss = self.classification_loss(predictions.logits, assigned, truth.classes, counted)
+        return {"loss_cls": self.cls_loss_weight * loss / normalizers[0], **losses}
+
+    def ground_truth(
+        self,
+        points: AnchorPoints,
+        image_sizes: list[tuple[int, int]],
+        batched_inputs: list[dict],
+    ) -> GroundTruth:
+        """What the images' annotations say, for their objects and points."""
+        instances = [inputs["instances"].to(points.xy.device) for inputs in batched_inputs]
+        boxed = [self.branches[0].targets(x).present for x in instances]
+        regions = [
+            self.ignored_regions(inputs, x.gt_boxes.tensor[~present])
+            for inputs, x, present in zip(batched_inputs, instances, boxed, strict=True)
+        ]
+        # Objects that the first branch cannot give a box take part in nothing.
+        instances = [x[present] for x, present in zip(instances, boxed, strict=True)]
+        return GroundTruth(
+            targets=self.targets(instances),
+            classes=[x.gt_classes for x in instances],
+            valid=torch.stack([self.valid_points(points, size) for size in image_sizes]),
+            ignored=torch.stack([points_in_boxes(points.xy, boxes) for boxes in regions]),
+        )
+
+    def targets(self, instances: list[Instances]) -> list[list[LandmarkTargets]]:
+        """Of each branch and image. All aim at the centres of the first branch's boxes."""
+        targets = [[branch.targets(x) for x in instances] for branch in self.branches]
+        return [
+            [replace(t, centers=first.centers) for t, first in zip(own, targets[0], strict=True)]
+            for own in targets
+        ]
+
+    def ignored_regions(self, inputs: dict, unboxed: Tensor) -> Tensor:
+        """(R, 4) XYXY: what is neither object nor background.
+
+        These are the ``ignore_boxes``, and ``unboxed`` (N, 4), the annotations' boxes of objects
+        of which the first branch learns nothing.
+        """
+        if not self.ignore_crowd:
+            return unboxed[:0]
+        ignored = inputs.get("ignore_boxes")
+        return unboxed if ignored is None else torch.cat([unboxed, ignored.to(unboxed)])
+
+    def valid_points(self, points: AnchorPoints, image_size: tuple[int, int]) -> Tensor:
+        """(A,) bool: points on the image and on its own padding, not on that of the batch."""
+        padded = [-(-side // self.padding_divisor) * self.padding_divisor for side in image_size]
+        # A level of stride s has ceil(side / s) rows or columns of the image, the last of which
+        # begins before its end.
+        height, width = padded
+        return (points.xy[:, 0] < width) & (points.xy[:, 1] < height)
+
+    @torch.no_grad()
+    def assign(
+        self,
+        points: AnchorPoints,
+        predictions: HeadOutput,
+        targets: list[LandmarkTargets],
+        valid: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Objects of the anchor points in the init and in the refine stage.
+
+        Returns:
+            Two tensors (B, A): index of the object within its image, or -1.
+        """
+        branch = self.branches[0]
+        boxes = branch.boxes(branch.decode(predictions.init[0], points.xy, points.strides))
+        per_level = points.per_level
+        init, refine = [], []
+        for image, target in enumerate(targets):
+            init.append(
+                assign_nearest(
+                    points.xy,
+                    self.strides,
+                    per_level,
+                    target.boxes,
+                    valid=valid[image],
+                    base_scale=_BASE_SCALE,
+                    num_positives=self.init_positives,
+                )
+            )
+            assignment, _ = assign_atss(
+                boxes[image], per_level, target.boxes, valid=valid[image], topk=self.atss_topk
+            )
+            refine.append(assignment)
+        return torch.stack(init), torch.stack(refine)
+
+    @staticmethod
+    def positives(assigned: Tensor, num_objects: list[int]) -> Positives:
+        """
+        Args:
+            assigned: (B, A), objects counted in each image, or -1.
+            num_objects: of each image.
+        """
+        image, point = torch.nonzero(assigned >= 0, as_tuple=True)
+        counts = torch.tensor(num_objects, device=assigned.device)
+        first = counts.cumsum(0) - counts
+        return Positives(image, point, first[image] + assigned[image, point])
+
+    def normalizers(
+        self, positives: Positives, targets: list[LandmarkTargets], num_images: int
+    ) -> Tensor:
+        """What the losses of a stage are divided by, averaged over workers.
+
+        Returns:
+            (1 + branches,): for the classes the number of positives, at least one an image; for
+            each branch that number without the positives from which it learns nothing.
+        """
+        per_image = torch.bincount(positives.image, minlength=num_images)
+        total = per_image.clamp(min=1).sum()
+        without = [(~target.present[positives.object]).sum() for target in targets]
+        totals = torch.stack([total, *(total - n for n in without)]).float()
+        return mean_over_workers(totals).clamp(min=1 / comm.get_world_size())
+
+    def classification_loss(
+        self, logits: Tensor, assigned: Tensor, gt_classes: list[Tensor], counted: Tensor
+    ) -> Tensor:
+        """Focal loss, summed over all counted points.
+
+        Args:
+            logits: (B, A, K).
+            assigned: (B, A).
+            gt_classes: per image (G,).
+            counted: (B, A) bool.
+        """
+        labels = torch.full_like(assigned, self.num_classes)
+        for image, classes in enumerate(gt_classes):
+            positive = assigned[image] >= 0
+            labels[image, positive] = classes[assigned[image, positive]]
+        labels = F.one_hot(labels[counted], self.num_classes + 1)[:, :-1]
+        return sigmoid_focal_loss(
+            logits[counted].float(),
+            labels.float(),
+            alpha=self.focal_loss_alpha,
+            gamma=self.focal_loss_gamma,
+            reduction="sum",
+        )
+
+    def landmark_loss(self, points: AnchorPoints, samples: BranchSamples) -> Tensor:
+        """Loss of a branch, summed over its positives."""
+        positives = samples.positives
+        stride = points.strides[positives.point]
+        loss = samples.branch.loss(
+            samples.vectors * stride[:, None, None],
+            samples.targets[positives.object],
+            points.xy[positives.point],
+            _BASE_SCALE * stride,
+        )
+        return loss.sum()
+
+    def polish_loss(
+        self,
+        points: AnchorPoints,
+        samples: BranchSamples,
+        polish: nn.Module,
+        fine: list[Tensor],
+    ) -> Tensor:
+        """Loss of a branch in the third stage, with its weight: the mean over its steps.
+
+        Each step takes the landmarks of the refine stage, or of the step before, without their
+        gradient, and leaves the vector to the centre.
+        """
+        branch, positives = samples.branch, samples.positives
+        anchors, stride = points.xy[positives.point], points.strides[positives.point]
+        vectors = samples.vectors.detach()
+        landmarks = branch.decode(vectors, anchors, stride)
+        losses = []
+        for number, moved in enumerate(polish(fine, positives.image, landmarks), start=1):
+            moved = encode_vectors(moved - anchors[:, None], branch.alpha)
+            moved = torch.cat([moved / stride[:, None, None], vectors[:, -1:]], dim=1)
+            loss = self.landmark_loss(points, replace(samples, vectors=moved))
+            losses.append(loss / samples.normalizer)
+            get_event_storage().put_scalar(
+                f"lsnet/{branch.name}_polish_{number}", losses[-1].detach()
+            )
+        return branch.loss_weights["polish"] * torch.stack(losses).mean()
