@@ -148,3 +148,23 @@ def test_activation_checkpointing_changes_no_number(resnets):
     with torch.no_grad():
         maps = saving(image)
     assert all(torch.equal(maps[name], expected[0][name]) for name in maps)
+
+
+@pytest.mark.parametrize("resnets", [{}, DEFORMABLE], ids=["plain", "deformable"])
+def test_mixed_precision(resnets):
+    """Autocast gives nearly the same maps, and gradients in single precision."""
+    torch.manual_seed(0)
+    backbone, _ = build("FixedBN", **resnets, ACTIVATION_CHECKPOINTING=True)
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = backbone(image)
+    with torch.autocast("cpu", torch.bfloat16):
+        maps = backbone(image)
+    for name, feature in maps.items():
+        difference = (feature.float() - expected[name]).norm() / expected[name].norm()
+        assert difference < 0.03, name
+    sum(feature.float().mean() for feature in maps.values()).backward()
+    for name, parameter in backbone.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad.dtype == torch.float32, name
+            assert parameter.grad.isfinite().all(), name
