@@ -177,12 +177,14 @@ def test_inputs_and_features(backbone_case, run):
     with torch.no_grad():
         images = model.preprocess_image(inputs)
         bottom_up = model.backbone.bottom_up(images.tensor)
+        stem = model.backbone.bottom_up.stem(images.tensor)
+        bottom_up["res2"] = model.backbone.bottom_up.res2(stem)
         features = model.backbone(images.tensor)
     assert list(images.tensor.shape[-2:]) == recorded_images["batch_hw"].tolist()
     pixels = images.tensor.flatten(2)
     assert relative_difference(pixels.mean(2), recorded_images["input_mean"]) < 1e-5
     assert relative_difference(pixels.std(2), recorded_images["input_std"]) < 1e-5
-    for i in (3, 4, 5):
+    for i in (2, 3, 4, 5):
         assert_map(bottom_up[f"res{i}"], recorded, f"c{i}")
     for level in LEVELS:
         assert_map(features[f"p{level}"], recorded, f"p{level}")
