@@ -20,6 +20,7 @@ from .modeling.landmarks import build_branches
 logger = logging.getLogger(__name__)
 
 _BACKBONE = "backbone."
+_CLASS_BIAS = "head.cls_predictor.out.bias"
 # Applied in order, each at most once to a key; what no rule renames is refused. The first are for
 # convolutions with norm.
 _CONV_RULES = [
@@ -146,7 +147,9 @@ def _check_task(converted: dict[str, Tensor], cfg: CfgNode) -> None:
             f"the checkpoint has {'' if verified else 'no '}corner point verification, but "
             f"MODEL.LSNET.CPV is {cfg.MODEL.LSNET.CPV}"
         )
-    num_classes = len(converted["head.cls_predictor.out.bias"])
+    if _CLASS_BIAS not in converted:
+        raise ValueError("the checkpoint has no classifier: bbox_head.pts_cls_out.bias is missing")
+    num_classes = len(converted[_CLASS_BIAS])
     if num_classes != cfg.MODEL.LSNET.NUM_CLASSES:
         raise ValueError(
             f"the checkpoint has {num_classes} classes, but MODEL.LSNET.NUM_CLASSES is "

@@ -109,6 +109,12 @@ def test_another_number_of_classes_is_refused(released, cfg):
         convert_lsnet_checkpoint(released, cfg)
 
 
+def test_missing_classifier_is_named(released, cfg):
+    without = {name: v for name, v in released.items() if name != "bbox_head.pts_cls_out.bias"}
+    with pytest.raises(ValueError, match=r"bbox_head\.pts_cls_out\.bias is missing"):
+        convert_lsnet_checkpoint(without, cfg)
+
+
 def test_another_task_is_refused(released, cfg):
     contours = {name.replace("bbox_", "segm_").replace("segm_head", "bbox_head"): value
                 for name, value in released.items()}  # fmt: skip
