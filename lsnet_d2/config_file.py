@@ -19,7 +19,8 @@ from .data.builtin import explain_unregistered
 from .data.contours import CONTOUR_METHODS
 from .data.dataset_mapper import EXTREME_POINT_SOURCES
 from .errors import ConfigError, did_you_mean
-from .modeling import build_branches
+from .modeling import LSNetDatasetMapperTTA, build_branches
+from .modeling.test_time_augmentation import check_merging
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ CHOICES = (
 LSNET_CHOICES = (("MODEL.LSNET.TOWER_CONV", ("dcn", "conv")),)
 CLIP_CHOICES = (("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", ("full_model", "value", "norm")),)
 # What LSNet does not do, and would leave out without a word
-NOT_IN_LSNET = ("MODEL.LSNET.CPV", "TEST.AUG.ENABLED")
+NOT_IN_LSNET = ("MODEL.LSNET.CPV",)
 _RESNET_STAGES = 5  # the stem is the first
 _MIN_LEVELS = 3  # that the head samples on
 
@@ -166,6 +167,8 @@ def check_config(cfg: CfgNode) -> None:
         )
     if architecture == "LSNet":
         _check_lsnet(cfg)
+    if cfg.TEST.AUG.ENABLED:
+        _check_augmentation(cfg)
     _check_backbone(cfg)
     _check_choices(cfg, CHOICES)
     if cfg.SOLVER.CLIP_GRADIENTS.ENABLED:
@@ -208,6 +211,19 @@ def _check_lsnet(cfg: CfgNode) -> None:
         raise ConfigError(
             f"MODEL.LSNET.IN_FEATURES is {list(levels)}; it must list {_MIN_LEVELS} or more maps"
         )
+
+
+def _check_augmentation(cfg: CfgNode) -> None:
+    architecture = cfg.MODEL.META_ARCHITECTURE
+    if architecture != "LSNet":
+        raise ConfigError(
+            f"TEST.AUG.ENABLED is True for a {architecture}; only LSNet has test-time augmentation here"
+        )
+    try:
+        LSNetDatasetMapperTTA(cfg)
+        check_merging(cfg.TEST.AUG.METHOD, cfg.TEST.AUG.VOTE_IOU)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _check_backbone(cfg: CfgNode) -> None:

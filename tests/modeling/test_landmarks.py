@@ -237,3 +237,20 @@ class TestBuildBranches:
     def test_number_of_weights_must_be_that_of_branches(self):
         with pytest.raises(ValueError, match=r"MODEL\.LSNET\.INIT_LOSS_WEIGHTS.*extreme"):
             build_branches(tiny_cfg(INIT_LOSS_WEIGHTS=[1.0, 2.0]))
+
+
+@pytest.mark.parametrize(
+    ("branch", "key", "mirrored"),
+    [
+        (ExtremeBranch(), "extremes", "extremes8"),
+        (ContourBranch(), "polygons", "polygons"),
+        (KeypointBranch(), "keypoints", "keypoints34"),
+    ],
+)
+def test_order_in_a_mirrored_image_is_that_of_the_released_code(branch, key, mirrored):
+    recorded = Recorded("comp_flip.npz")
+    points = recorded[key].float().unflatten(1, (-1, 3 if key == "keypoints" else 2))
+    points = points[:, branch.flip_indices(["keypoints_coco_2017_val"]), :2]
+    points[..., 0] = recorded["img_hw"][1] - points[..., 0]
+    expected = recorded[f"test.horizontal.{mirrored}"].unflatten(1, (-1, 2))
+    torch.testing.assert_close(points, expected, rtol=0, atol=1e-4)
