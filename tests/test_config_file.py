@@ -127,17 +127,42 @@ def test_values_that_the_builders_refuse(key, value, message):
         LSNetTrainer.build_model(cfg)
 
 
-SHIPPED = sorted((tiny_coco.ROOT / "configs").glob("**/*.yaml"))
+CONFIGS = tiny_coco.ROOT / "configs"
+FRAGMENTS = {"Base-Shapes.yaml", "Base-TTA.yaml", "Base-TTA-Flip.yaml"}  # name no architecture
+SHIPPED = sorted(path for path in CONFIGS.glob("**/*.yaml") if path.name not in FRAGMENTS)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_shipped_configs_build_their_models(path):
     cfg = load_config(str(path), ["MODEL.DEVICE", "cpu"])
-    if path.name == "Base-Shapes.yaml":
-        return  # names no architecture
     model = LSNetTrainer.build_model(cfg)
     assert type(model).__name__ == cfg.MODEL.META_ARCHITECTURE
     assert getattr(model, "roi_heads", model).num_classes == num_classes(cfg)
+
+
+@pytest.mark.parametrize("fragment", ["Base-TTA.yaml", "Base-TTA-Flip.yaml"])
+def test_augmentation_can_be_put_on_any_config(fragment, tmp_path):
+    path = tmp_path / "both.yaml"
+    below = CONFIGS / "segm" / "lsnet_R_50_FPN_1x.yaml"
+    path.write_text(f"_BASE_: ['{below}', '{CONFIGS / fragment}']\n")
+    both, alone = (load_config(str(p), ["MODEL.DEVICE", "cpu"]) for p in (path, below))
+    assert both.TEST.AUG.ENABLED and both.TEST.AUG.FLIP
+    both.TEST.AUG = alone.TEST.AUG
+    assert both == alone
+
+
+def test_augmentation_is_that_of_the_released_configs():
+    augmentation = load_config(str(CONFIGS / "bbox" / "lsnet_R_50_FPN_ms_2x_tta.yaml")).TEST.AUG
+    assert augmentation.MAX_SIZE == 3000
+    sizes = zip(augmentation.MIN_SIZES, augmentation.SIZE_RANGES, strict=True)
+    assert [(size, *r) for size, r in sizes] == [
+        *[(400, 96, 10000), (500, 96, 10000)],
+        *[(600, 64, 10000), (640, 64, 10000), (700, 64, 10000)],
+        *[(900, 0, 10000), (1000, 0, 10000)],
+        *[(1100, 0, 256), (1200, 0, 256), (1300, 0, 192), (1400, 0, 192), (1800, 0, 96)],
+    ]
+    flip = load_config(str(CONFIGS / "pose" / "lsnet_bbox_R_50_FPN_ms_2x_flip.yaml")).TEST.AUG
+    assert (flip.MIN_SIZES, flip.MAX_SIZE, flip.SIZE_RANGES) == ((800,), 1333, [])
 
 
 def test_config_file_is_data(tmp_path):

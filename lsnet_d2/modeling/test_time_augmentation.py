@@ -1,14 +1,14 @@
 """Test-time augmentation: detections of an image in several sizes and mirrored, put together.
 
 Detectron2's ``GeneralizedRCNNWithTTA`` pools region features of the merged boxes; here every
-detection brings its landmarks along, and they are voted on together with its box. The paper's
-multi-scale testing, which follows ATSS.
+detection brings its landmarks along, and they are voted on together with its box. This is the
+multi-scale testing of the paper, which follows ATSS.
 
 Letters: N detections, V landmarks of all branches together.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby, islice
 from typing import Any
 
 import torch
@@ -53,16 +53,15 @@ def check_merging(method: str, vote_iou: float) -> None:
         raise ValueError(f"TEST.AUG.VOTE_IOU is {vote_iou}; it must be over 0 and at most 1")
 
 
-def batches_of_one_size(inputs: Sequence[dict], batch_size: int) -> Iterator[list[dict]]:
+def batches_of_one_size(inputs: Iterable[dict], batch_size: int) -> Iterator[list[dict]]:
     """Successive inputs in batches, each with images of one size.
 
     A smaller image in a batch is padded, over which group norm averages: its detections would
     depend on its company.
     """
     for _, same in groupby(inputs, key=lambda x: x["image"].shape):
-        same = list(same)
-        for start in range(0, len(same), batch_size):
-            yield same[start : start + batch_size]
+        while batch := list(islice(same, batch_size)):
+            yield batch
 
 
 class LSNetDatasetMapperTTA(DatasetMapperTTA):
@@ -89,10 +88,12 @@ class LSNetDatasetMapperTTA(DatasetMapperTTA):
         Raises:
             ValueError: these do not fit together; the message names the config's key.
         """
-        if not min_sizes or min(min_sizes) < 1:
+        if not min_sizes or not all(isinstance(size, int) and size > 0 for size in min_sizes):
             raise ValueError(
                 f"TEST.AUG.MIN_SIZES is {list(min_sizes)}; it must list one or more sizes"
             )
+        if max_size < 1:
+            raise ValueError(f"TEST.AUG.MAX_SIZE is {max_size}; it must be 1 or more")
         if size_ranges and len(size_ranges) != len(min_sizes):
             raise ValueError(
                 f"TEST.AUG.SIZE_RANGES has {len(size_ranges)} ranges; it must have one for each "

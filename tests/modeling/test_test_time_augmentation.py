@@ -305,6 +305,8 @@ def test_images_are_resized_once():
     [
         ("MIN_SIZES", [], r"is \[\]; it must list one or more"),
         ("MIN_SIZES", [0], r"is \[0\]; it must list one or more"),
+        ("MIN_SIZES", ["400"], "is .*; it must list one or more"),
+        ("MAX_SIZE", 0, "is 0; it must be 1 or more"),
         ("SIZE_RANGES", [[0, 10]], "has 1 ranges; it must have one for each of the 9 TEST.AUG.MIN"),
         ("SIZE_RANGES", [[0, 10]] * 8 + [[10, 0]], r"has \[10, 0\]; a range is two numbers"),
         ("SIZE_RANGES", [0, 10] * 4 + [3], "has 0; a range is two numbers"),
