@@ -44,7 +44,7 @@ _RESNET_STAGES = 5  # the stem is the first
 _MIN_LEVELS = 3  # that the head samples on
 
 
-def load_config(config_file: str, opts: list[str] = ()) -> CfgNode:
+def load_config(config_file: str, opts: list[str] = (), *, need_data_sets: bool = True) -> CfgNode:
     """Defaults, then the file, then ``KEY VALUE`` pairs; checked, with a device that exists.
 
     Where neither the file nor the options name a device, ``MODEL.DEVICE`` is "auto".
@@ -52,6 +52,7 @@ def load_config(config_file: str, opts: list[str] = ()) -> CfgNode:
     Args:
         config_file: a YAML file, with ``_BASE_`` as in Detectron2. Empty: defaults only.
         opts: keys and values in turn.
+        need_data_sets: see :func:`check_config`.
 
     Raises:
         ConfigError: no such file, no YAML, an unknown key, a value of the wrong type, or one that
@@ -59,7 +60,7 @@ def load_config(config_file: str, opts: list[str] = ()) -> CfgNode:
     """
     cfg = merge_config(config_file, opts)
     cfg.MODEL.DEVICE = resolve_device(cfg.MODEL.DEVICE)
-    check_config(cfg)
+    check_config(cfg, need_data_sets=need_data_sets)
     return cfg
 
 
@@ -152,8 +153,11 @@ def resolve_device(name: str) -> str:
     return name
 
 
-def check_config(cfg: CfgNode) -> None:
+def check_config(cfg: CfgNode, *, need_data_sets: bool = True) -> None:
     """Find values that could only fail later, and far from their cause.
+
+    Args:
+        need_data_sets: whether the data sets of the config must be registered.
 
     Raises:
         ConfigError: names the key and what it may be.
@@ -176,7 +180,7 @@ def check_config(cfg: CfgNode) -> None:
     for key in ("SOLVER.IMS_PER_BATCH", "SOLVER.MAX_ITER", classes_key(cfg)):
         if _value(cfg, key) < 1:
             raise ConfigError(f"{key} is {_value(cfg, key)}; it must be 1 or more")
-    for key in ("TRAIN", "TEST"):
+    for key in ("TRAIN", "TEST") if need_data_sets else ():
         for name in cfg.DATASETS[key]:
             if name not in DatasetCatalog:
                 raise ConfigError(
@@ -217,7 +221,7 @@ def _check_augmentation(cfg: CfgNode) -> None:
     architecture = cfg.MODEL.META_ARCHITECTURE
     if architecture != "LSNet":
         raise ConfigError(
-            f"TEST.AUG.ENABLED is True for a {architecture}; only LSNet has test-time augmentation here"
+            f"TEST.AUG.ENABLED is True for a {architecture}; only LSNet has test-time augmentation"
         )
     try:
         LSNetDatasetMapperTTA(cfg)
