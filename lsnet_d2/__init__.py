@@ -15,5 +15,6 @@ except ModuleNotFoundError as error:
 from .config import add_lsnet_config
 from .data import builtin
 from .modeling import LSNet
+from .predictor import LSNetPredictor
 
-__all__ = ["LSNet", "add_lsnet_config", "builtin"]
+__all__ = ["LSNet", "LSNetPredictor", "add_lsnet_config", "builtin"]

@@ -87,6 +87,16 @@ def add_lsnet_config(cfg: CN) -> None:
     # dropped (1024 in the released code's evaluation of poses).
     cfg.MODEL.LSNET.MIN_BOX_AREA_TEST = 0.0
 
+    # --- test-time augmentation, besides Detectron2's TEST.AUG.ENABLED, MIN_SIZES, MAX_SIZE, FLIP
+    # For each of MIN_SIZES the [least, largest] object that counts: the square root of its box's
+    # area in pixels of the resized image. Empty: all count in all.
+    cfg.TEST.AUG.SIZE_RANGES = []
+    # How detections of the augmented images are put together: "vote" takes the weighted mean of
+    # those that overlap, as in the released code, "nms" the best one.
+    cfg.TEST.AUG.METHOD = "vote"
+    # IOU from which on boxes vote together.
+    cfg.TEST.AUG.VOTE_IOU = 0.66
+
     # Keep only the inputs of the residual blocks for the backward pass, which computes the rest
     # anew: less memory, more time, the same numbers.
     cfg.MODEL.RESNETS.ACTIVATION_CHECKPOINTING = False

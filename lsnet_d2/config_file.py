@@ -19,7 +19,8 @@ from .data.builtin import explain_unregistered
 from .data.contours import CONTOUR_METHODS
 from .data.dataset_mapper import EXTREME_POINT_SOURCES
 from .errors import ConfigError, did_you_mean
-from .modeling import build_branches
+from .modeling import LSNetDatasetMapperTTA, build_branches
+from .modeling.test_time_augmentation import check_merging
 
 logger = logging.getLogger(__name__)
 
@@ -37,13 +38,11 @@ CHOICES = (
 )
 LSNET_CHOICES = (("MODEL.LSNET.TOWER_CONV", ("dcn", "conv")),)
 CLIP_CHOICES = (("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", ("full_model", "value", "norm")),)
-# What LSNet does not do, and would leave out without a word
-NOT_IN_LSNET = ("TEST.AUG.ENABLED",)
 _RESNET_STAGES = 5  # the stem is the first
 _MIN_LEVELS = 3  # that the head samples on
 
 
-def load_config(config_file: str, opts: list[str] = ()) -> CfgNode:
+def load_config(config_file: str, opts: list[str] = (), *, need_data_sets: bool = True) -> CfgNode:
     """Defaults, then the file, then ``KEY VALUE`` pairs; checked, with a device that exists.
 
     Where neither the file nor the options name a device, ``MODEL.DEVICE`` is "auto".
@@ -51,6 +50,7 @@ def load_config(config_file: str, opts: list[str] = ()) -> CfgNode:
     Args:
         config_file: a YAML file, with ``_BASE_`` as in Detectron2. Empty: defaults only.
         opts: keys and values in turn.
+        need_data_sets: see :func:`check_config`.
 
     Raises:
         ConfigError: no such file, no YAML, an unknown key, a value of the wrong type, or one that
@@ -58,7 +58,7 @@ def load_config(config_file: str, opts: list[str] = ()) -> CfgNode:
     """
     cfg = merge_config(config_file, opts)
     cfg.MODEL.DEVICE = resolve_device(cfg.MODEL.DEVICE)
-    check_config(cfg)
+    check_config(cfg, need_data_sets=need_data_sets)
     return cfg
 
 
@@ -151,8 +151,11 @@ def resolve_device(name: str) -> str:
     return name
 
 
-def check_config(cfg: CfgNode) -> None:
+def check_config(cfg: CfgNode, *, need_data_sets: bool = True) -> None:
     """Find values that could only fail later, and far from their cause.
+
+    Args:
+        need_data_sets: whether the data sets of the config must be registered.
 
     Raises:
         ConfigError: names the key and what it may be.
@@ -166,6 +169,8 @@ def check_config(cfg: CfgNode) -> None:
         )
     if architecture == "LSNet":
         _check_lsnet(cfg)
+    if cfg.TEST.AUG.ENABLED:
+        _check_augmentation(cfg)
     _check_backbone(cfg)
     _check_choices(cfg, CHOICES)
     if cfg.SOLVER.CLIP_GRADIENTS.ENABLED:
@@ -178,7 +183,7 @@ def check_config(cfg: CfgNode) -> None:
             f"SOLVER.REFERENCE_IMS_PER_BATCH is {cfg.SOLVER.REFERENCE_IMS_PER_BATCH}; it must be 1 "
             "or more, or 0 for no scaling"
         )
-    for key in ("TRAIN", "TEST"):
+    for key in ("TRAIN", "TEST") if need_data_sets else ():
         for name in cfg.DATASETS[key]:
             if name not in DatasetCatalog:
                 raise ConfigError(
@@ -205,14 +210,24 @@ def _check_lsnet(cfg: CfgNode) -> None:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     _check_choices(cfg, LSNET_CHOICES)
-    for key in NOT_IN_LSNET:
-        if _value(cfg, key):
-            raise ConfigError(f"{key} is True, but LSNet does not have it; set it to False")
     levels = cfg.MODEL.LSNET.IN_FEATURES
     if len(levels) < _MIN_LEVELS:
         raise ConfigError(
             f"MODEL.LSNET.IN_FEATURES is {list(levels)}; it must list {_MIN_LEVELS} or more maps"
         )
+
+
+def _check_augmentation(cfg: CfgNode) -> None:
+    architecture = cfg.MODEL.META_ARCHITECTURE
+    if architecture != "LSNet":
+        raise ConfigError(
+            f"TEST.AUG.ENABLED is True for a {architecture}; only LSNet has test-time augmentation"
+        )
+    try:
+        LSNetDatasetMapperTTA(cfg)
+        check_merging(cfg.TEST.AUG.METHOD, cfg.TEST.AUG.VOTE_IOU)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _check_backbone(cfg: CfgNode) -> None:

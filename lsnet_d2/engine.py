@@ -4,13 +4,11 @@ import argparse
 import logging
 import os
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import (
-    DatasetCatalog,
     DatasetMapper,
     MetadataCatalog,
     build_detection_test_loader,
@@ -21,10 +19,12 @@ from detectron2.data.build import filter_images_with_only_crowd_annotations
 from detectron2.engine import (
     AMPTrainer,
     DefaultTrainer,
+    HookBase,
     SimpleTrainer,
     create_ddp_model,
     default_setup,
 )
+from detectron2.engine.hooks import EvalHook
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -33,10 +33,12 @@ from torch import nn
 from .checkpointer import LSNetCheckpointer
 from .config_file import classes_key, load_config, num_classes, reporting_config_errors
 from .data.annotation_checks import check_dataset_dicts
-from .data.coco_json import read_coco_json
+from .data.catalog import reporting_data_errors
 from .data.dataset_mapper import LSNetDatasetMapper
 from .errors import ConfigError, UserError
 from .evaluation import build_evaluator
+from .modeling import LSNetWithTTA
+from .modeling.test_time_augmentation import keep_image_sizes
 from .solver import build_optimizer, scale_schedule
 
 logger = logging.getLogger(__name__)
@@ -69,39 +71,24 @@ def setup(args: argparse.Namespace) -> CfgNode:
 
 
 def build_mapper(cfg: CfgNode, is_train: bool) -> Callable[[dict], dict | None]:
-    """The dataset mapper that the meta-architecture of the config needs."""
+    """The dataset mapper that the meta-architecture of the config needs.
+
+    Raises:
+        ConfigError: the model has keypoints, and a data set to train on has none.
+    """
+    if cfg.MODEL.KEYPOINT_ON and is_train:
+        for name in cfg.DATASETS.TRAIN:
+            if not MetadataCatalog.get(name).get("keypoint_names"):
+                raise ConfigError(
+                    f"MODEL.KEYPOINT_ON is True, but the metadata of {name} have no keypoint_names"
+                )
+    elif cfg.MODEL.KEYPOINT_ON:
+        # Detectron2's mapper asks for the keypoints of DATASETS.TRAIN, which need not be here.
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.MODEL.KEYPOINT_ON = False
     mapper = LSNetDatasetMapper if cfg.MODEL.META_ARCHITECTURE == "LSNet" else DatasetMapper
     return mapper(cfg, is_train)
-
-
-@contextmanager
-def reporting_data_errors(names: list[str]) -> Iterator[None]:
-    """Turn what reading a registered data set raises into a UserError that names it."""
-    where = f"data set {', '.join(names)}"
-    try:
-        yield
-    except UserError:  # our own loaders have said it
-        raise
-    except OSError as error:
-        root = os.getenv("DETECTRON2_DATASETS", "datasets")
-        reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        raise UserError(f"{where}: {reason} (DETECTRON2_DATASETS is {root})") from error
-    except Exception as error:  # Detectron2's loaders do not say which file or entry it was
-        for name in filter(_has_loader_of_detectron2, names):
-            try:
-                read_coco_json(MetadataCatalog.get(name).json_file)
-            except UserError as problem:
-                raise UserError(f"data set {name}: {problem}") from error
-        if isinstance(error, (AssertionError, LookupError, ValueError)):
-            raise UserError(f"{where}: {type(error).__name__}: {error}") from error
-        raise
-
-
-def _has_loader_of_detectron2(name: str) -> bool:
-    """Whether a data set is a COCO file that Detectron2 loads by itself."""
-    if name not in DatasetCatalog or MetadataCatalog.get(name).get("json_file") is None:
-        return False
-    return getattr(DatasetCatalog[name], "__module__", "").startswith("detectron2.")
 
 
 def load_training_data(cfg: CfgNode) -> list[dict]:
@@ -166,7 +153,8 @@ class LSNetTrainer(DefaultTrainer):
     What differs from :class:`DefaultTrainer`: annotations, and the data and the evaluator of each
     test set, are checked before training; the checkpointer is :class:`LSNetCheckpointer`;
     gradients can be clipped as a whole (``SOLVER.CLIP_GRADIENTS.CLIP_TYPE: "full_model"``);
-    several processes work on CPUs too.
+    several processes work on CPUs too. With ``TEST.AUG.ENABLED`` the last evaluation is followed
+    by one with test-time augmentation.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -234,13 +222,38 @@ class LSNetTrainer(DefaultTrainer):
                 cfg, dataset_name, mapper=build_mapper(cfg, is_train=False)
             )
 
+    def build_hooks(self) -> list[HookBase]:
+        registered = super().build_hooks()
+        if self.cfg.TEST.AUG.ENABLED:
+            # after the plain evaluation, and before the writer of what was found
+            position = 1 + max(i for i, h in enumerate(registered) if isinstance(h, EvalHook))
+            augmented = EvalHook(0, lambda: self.test_with_TTA(self.cfg, self.model))
+            registered.insert(position, augmented)
+        return registered
+
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        folder = os.path.join(cfg.OUTPUT_DIR, "inference")
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
+    ) -> DatasetEvaluator:
+        folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
         if len(cfg.DATASETS.TEST) > 1:
             folder = os.path.join(folder, dataset_name)
         with reporting_data_errors([dataset_name]):
             return build_evaluator(cfg, dataset_name, folder)
+
+    @classmethod
+    def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> dict:  # noqa: N802 (Detectron2's)
+        """Results with test-time augmentation, under the names of :meth:`test` and "_TTA".
+
+        Files are written to ``inference_TTA``. Of models, LSNet has it.
+        """
+        logger.info("Running inference with test-time augmentation ...")
+        model = LSNetWithTTA(cfg, model)
+        cfg = keep_image_sizes(cfg)
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
+        evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
+        results = cls.test(cfg, model, evaluators)
+        return {f"{name}_TTA": result for name, result in results.items()}
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -260,7 +273,8 @@ def wrap_distributed(model: nn.Module) -> nn.Module:
 
 
 def evaluate(cfg: CfgNode) -> dict:
-    """Results of ``MODEL.WEIGHTS`` on ``DATASETS.TEST``.
+    """Results of ``MODEL.WEIGHTS`` on ``DATASETS.TEST``; with ``TEST.AUG.ENABLED`` also those of
+    :meth:`LSNetTrainer.test_with_TTA`.
 
     Raises:
         CheckpointError: the weights are missing or not those of this model.
@@ -270,4 +284,7 @@ def evaluate(cfg: CfgNode) -> dict:
     model = LSNetTrainer.build_model(cfg)
     checkpointer = LSNetCheckpointer(model, cfg=cfg)
     checkpointer.load(cfg.MODEL.WEIGHTS, checkpointables=[], strict=True)
-    return LSNetTrainer.test(cfg, model)
+    results = LSNetTrainer.test(cfg, model)
+    if cfg.TEST.AUG.ENABLED:
+        results.update(LSNetTrainer.test_with_TTA(cfg, model))
+    return results

@@ -66,6 +66,7 @@ LSNET, RESNET, LITE = (
         "build_lsnet_efficientnet_lite0_fpn_backbone",
     )
 )
+AUGMENTED = {**LSNET, "TEST.AUG.ENABLED": "True"}
 
 
 def options(settings):
@@ -77,7 +78,15 @@ def options(settings):
     [
         (LSNET, "MODEL.LSNET.TOWER_CONV", "dcnn", "'dcnn'; .*dcn, conv"),
         (LSNET, "MODEL.LSNET.IN_FEATURES", "['p3', 'p4']", "3 or more"),
-        (LSNET, "TEST.AUG.ENABLED", "True", "does not have it"),
+        (
+            {"MODEL.META_ARCHITECTURE": "RetinaNet"},
+            "TEST.AUG.ENABLED",
+            "True",
+            "RetinaNet; only LSNet",
+        ),
+        (AUGMENTED, "TEST.AUG.MIN_SIZES", "()", "one or more"),
+        (AUGMENTED, "TEST.AUG.METHOD", "mean", "vote, nms"),
+        (AUGMENTED, "TEST.AUG.VOTE_IOU", "0.0", "over 0"),
         (LSNET, "MODEL.LSNET.NUM_CLASSES", "0", "1 or more"),
         (LSNET, "MODEL.BACKBONE.NAME", "build_lsnet_fpn_backbone", "did you mean .*build_lsnet"),
         (RESNET, "MODEL.BACKBONE.FREEZE_AT", "99", "0 to 5"),
@@ -92,6 +101,14 @@ def options(settings):
 def test_values_that_nothing_can_be_made_of(base, key, value, message):
     with pytest.raises(ConfigError, match=f"{key} is .*{message}"):
         load_config("", options({**base, key: value}))
+
+
+def test_size_ranges_belong_to_the_sizes():
+    ranges = {"TEST.AUG.MIN_SIZES": "(400, 800)", "TEST.AUG.SIZE_RANGES": "((0, 96),)"}
+    with pytest.raises(ConfigError, match="^TEST.AUG.SIZE_RANGES has 1 ranges; .* 2 TEST.AUG.MIN"):
+        load_config("", options({**AUGMENTED, **ranges}))
+    ranges["TEST.AUG.SIZE_RANGES"] = "((0, 96), [96, 10000.5])"
+    assert len(load_config("", options({**AUGMENTED, **ranges})).TEST.AUG.SIZE_RANGES) == 2
 
 
 @pytest.mark.parametrize(

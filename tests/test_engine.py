@@ -8,6 +8,7 @@ import tiny_coco
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
+from detectron2.utils.env import seed_all_rng
 
 from lsnet_d2 import engine
 from lsnet_d2.checkpointer import LSNetCheckpointer
@@ -15,9 +16,9 @@ from lsnet_d2.config_file import load_config
 from lsnet_d2.data.annotation_checks import AnnotationError
 from lsnet_d2.engine import (
     LSNetTrainer,
+    build_mapper,
     evaluate,
     load_training_data,
-    reporting_data_errors,
 )
 from lsnet_d2.errors import (
     CheckpointError,
@@ -193,20 +194,6 @@ def test_data_errors_name_the_file(coco):
         load_training_data(cfg)
 
 
-def test_data_errors_of_the_system_and_of_other_loaders():
-    def message(error):
-        with pytest.raises(UserError) as error_info, reporting_data_errors(["some"]):
-            raise error
-        return str(error_info.value)
-
-    assert "some: /x: Not a directory" in message(NotADirectoryError(20, "Not a directory", "/x"))
-    assert "some: /x: File exists" in message(FileExistsError(17, "File exists", "/x"))
-    assert "some: no weights here (" in message(FileNotFoundError("no weights here"))
-    assert message(KeyError("width")) == "data set some: KeyError: 'width'"
-    with pytest.raises(AttributeError), reporting_data_errors(["some"]):  # a bug
-        raise AttributeError
-
-
 def change_annotations(folder, split, change):
     path = tiny_coco.json_file(folder, split)
     dataset = json.loads(path.read_text())
@@ -263,3 +250,35 @@ def test_missing_sigmas_are_found_before_training(coco):
     options = ("MODEL.LSNET.TASK", "pose_bbox", "MODEL.LSNET.NUM_KEYPOINTS", "5")
     with pytest.raises(ConfigError, match="tiny_val has 5 keypoints, .*KEYPOINT_OKS_SIGMAS"):
         LSNetTrainer(tiny_cfg(coco, *options))
+
+
+def test_keypoints_need_names(coco):
+    cfg = tiny_cfg(coco, "MODEL.KEYPOINT_ON", "True")
+    with pytest.raises(ConfigError, match="KEYPOINT_ON is True, but the metadata of tiny_train"):
+        build_mapper(cfg, is_train=True)
+    build_mapper(cfg, is_train=False)
+
+
+@pytest.mark.parametrize("coco", ["LSNet"], indirect=True)
+def test_last_evaluation_is_augmented_too(coco):
+    """One training: plain results every iteration, augmented ones in the end; and again later."""
+    options = ("TEST.AUG.ENABLED", "True", "TEST.AUG.MIN_SIZES", "(48, 64)")
+    options += ("TEST.EVAL_PERIOD", "1", "MODEL.LSNET.SCORE_THRESH_TEST", "0.0")
+    cfg = tiny_cfg(coco, *options, "SOLVER.MAX_ITER", "2")
+    seed_all_rng(0)
+    trainer = LSNetTrainer(cfg)
+    trainer.train()
+    output = coco / "output"
+    plain = json.loads((output / "inference" / "coco_instances_results.json").read_text())
+    augmented = json.loads((output / "inference_TTA" / "coco_instances_results.json").read_text())
+    assert augmented and augmented != plain
+    rows = [json.loads(row) for row in (output / "metrics.json").read_text().splitlines()]
+    assert "bbox/AP" in rows[-1] and "bbox_TTA/AP" in rows[-1]
+    assert "bbox_TTA/AP" not in rows[0]
+    assert trainer.model.training
+
+    cfg.MODEL.WEIGHTS = str(output / "model_final.pth")
+    results = evaluate(cfg)
+    assert {"bbox", "bbox_TTA"} <= results.keys()
+    again = json.loads((output / "inference_TTA" / "coco_instances_results.json").read_text())
+    assert again == augmented

@@ -13,6 +13,8 @@ from lsnet_d2.config_file import load_config, num_classes
 from lsnet_d2.engine import LSNetTrainer
 
 CONFIGS = tiny_coco.ROOT / "configs"
+# what can be put on any config, and is none by itself
+FRAGMENTS = ["Base-TTA.yaml", "Base-TTA-Flip.yaml"]
 SIZE = 128
 
 
@@ -91,7 +93,7 @@ def test_trains_and_predicts(name):
         assert len(landmarks) == len(instances) and landmarks.shape[1] == branch.num_vectors - 1
 
 
-@pytest.mark.parametrize("name", names(True))
+@pytest.mark.parametrize("name", [n for n in names(True) if n not in FRAGMENTS])
 def test_bases_are_valid(name):
     load_config(str(CONFIGS / name), ["MODEL.DEVICE", "cpu"])
 
@@ -102,3 +104,28 @@ def test_is_short_and_names_its_output(name):
     base = name.rpartition("/")[2].startswith("Base-")
     assert base or len(text.splitlines()) <= 20
     assert base or f'OUTPUT_DIR: "output/{name.removesuffix(".yaml")}"' in text
+
+
+@pytest.mark.parametrize("fragment", FRAGMENTS)
+def test_augmentation_can_be_put_on_any_config(fragment, tmp_path):
+    path = tmp_path / "both.yaml"
+    below = CONFIGS / "segm" / "lsnet_R_50_FPN_1x.yaml"
+    path.write_text(f"_BASE_: ['{below}', '{CONFIGS / fragment}']\n")
+    both, alone = (load_config(str(p), ["MODEL.DEVICE", "cpu"]) for p in (path, below))
+    assert both.TEST.AUG.ENABLED and both.TEST.AUG.FLIP
+    both.TEST.AUG = alone.TEST.AUG
+    assert both == alone
+
+
+def test_augmentation_is_that_of_the_released_configs():
+    augmentation = load_config(str(CONFIGS / "bbox" / "lsnet_R_50_FPN_ms_2x_tta.yaml")).TEST.AUG
+    assert augmentation.MAX_SIZE == 3000
+    sizes = zip(augmentation.MIN_SIZES, augmentation.SIZE_RANGES, strict=True)
+    assert [(size, *r) for size, r in sizes] == [
+        *[(400, 96, 10000), (500, 96, 10000)],
+        *[(600, 64, 10000), (640, 64, 10000), (700, 64, 10000)],
+        *[(900, 0, 10000), (1000, 0, 10000)],
+        *[(1100, 0, 256), (1200, 0, 256), (1300, 0, 192), (1400, 0, 192), (1800, 0, 96)],
+    ]
+    flip = load_config(str(CONFIGS / "pose" / "lsnet_bbox_R_50_FPN_ms_2x_flip.yaml")).TEST.AUG
+    assert (flip.MIN_SIZES, flip.MAX_SIZE, flip.SIZE_RANGES) == ((800,), 1333, [])

@@ -12,19 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import detectron2.data.transforms as T
 import numpy as np
-import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.modeling import build_model
-from detectron2.structures import Instances
 from detectron2.utils.logger import setup_logger
 from PIL import Image
 from tqdm import tqdm
 
-import lsnet_d2  # noqa: F401  (registers the model, the backbones and the data sets)
-from lsnet_d2.checkpointer import LSNetCheckpointer
+from lsnet_d2 import LSNetPredictor
 from lsnet_d2.config_file import load_config
 from lsnet_d2.data.images import ImageError, read_image
 from lsnet_d2.drawing import CONTOUR_STYLES
@@ -72,7 +66,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 class Detector:
-    """A model with its weights; (H, W, 3) RGB images in, instances and pictures out."""
+    """A predictor that draws what it finds. Images are (H, W, 3) RGB."""
 
     def __init__(self, cfg: CfgNode, threshold: float, **style: Any) -> None:
         """
@@ -80,30 +74,10 @@ class Detector:
             threshold: lowest score of a detection.
             style: of :class:`LSNetVisualizer`.
         """
-        self.threshold = threshold
+        self.predictor = LSNetPredictor(
+            cfg, device=cfg.MODEL.DEVICE, array_format="RGB", score_thresh=threshold
+        )
         self.style = style
-        for node in (cfg.MODEL.LSNET, cfg.MODEL.RETINANET, cfg.MODEL.ROI_HEADS):
-            node.SCORE_THRESH_TEST = min(node.SCORE_THRESH_TEST, threshold)
-        self.model = build_model(cfg).eval()
-        LSNetCheckpointer(self.model, cfg=cfg).load(
-            cfg.MODEL.WEIGHTS, checkpointables=[], strict=True
-        )
-        self.metadata = load_metadata(cfg)
-        self.format = cfg.INPUT.FORMAT
-        self.resize = T.ResizeShortestEdge(
-            [cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MIN_SIZE_TEST], cfg.INPUT.MAX_SIZE_TEST
-        )
-
-    @torch.no_grad()
-    def predict(self, image: np.ndarray) -> Instances:
-        height, width = image.shape[:2]
-        if self.format == "BGR":
-            image = image[:, :, ::-1]
-        resized = self.resize.get_transform(image).apply_image(image)
-        tensor = torch.as_tensor(np.ascontiguousarray(resized.transpose(2, 0, 1)))
-        output = self.model([{"image": tensor.float(), "height": height, "width": width}])[0]
-        instances = output["instances"].to("cpu")
-        return instances[instances.scores >= self.threshold]
 
     def draw(self, image: np.ndarray, tracker: Tracker | None = None) -> tuple[np.ndarray, int]:
         """The picture (RGB) and the number of objects in it.
@@ -111,25 +85,12 @@ class Detector:
         Args:
             tracker: of the video that the image is the next frame of; it chooses the colours.
         """
-        instances = self.predict(image)
-        visualizer = LSNetVisualizer(image, self.metadata, **self.style)
+        instances = self.predictor(image)
+        visualizer = LSNetVisualizer(image, self.predictor.metadata, **self.style)
         picture = visualizer.draw_instance_predictions(
             instances, identities=tracker.update(instances) if tracker else None
         )
         return picture.get_image(), len(instances)
-
-
-def load_metadata(cfg: CfgNode):
-    """Metadata of the first test set; names of classes may come from its annotation file."""
-    if not cfg.DATASETS.TEST:
-        return None
-    metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
-    if not metadata.get("thing_classes"):
-        try:
-            DatasetCatalog.get(cfg.DATASETS.TEST[0])
-        except FileNotFoundError as error:
-            logger.warning("No names of classes: %s is missing", error.filename)
-    return metadata
 
 
 def find_images(patterns: list[str]) -> list[Path]:
@@ -307,7 +268,7 @@ def main() -> None:
     if not args.output:
         require_window()
     detector = Detector(
-        load_config(args.config_file, args.opts),
+        load_config(args.config_file, args.opts, need_data_sets=False),
         args.confidence_threshold,
         contours=args.contours,
         keypoint_threshold=args.keypoint_threshold,

@@ -23,10 +23,11 @@ from tqdm import tqdm
 import lsnet_d2  # noqa: F401  (registers the model, the backbones and the data sets)
 from lsnet_d2.config_file import load_config
 from lsnet_d2.data.annotation_checks import read_boxes
+from lsnet_d2.data.catalog import reporting_data_errors
 from lsnet_d2.data.images import read_image
 from lsnet_d2.data.polygons import decode_rle
 from lsnet_d2.drawing import CONTOUR_STYLES
-from lsnet_d2.engine import build_mapper, reporting_data_errors
+from lsnet_d2.engine import build_mapper
 from lsnet_d2.errors import UserError, did_you_mean, exit_on_user_error
 from lsnet_d2.files import atomic_write, make_folder
 from lsnet_d2.visualizer import LSNetVisualizer, side_by_side

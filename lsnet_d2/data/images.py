@@ -1,4 +1,4 @@
-"""Reading image files, with errors that name them."""
+"""Images from files and from memory, with errors that name them."""
 
 import numpy as np
 from detectron2.data.detection_utils import convert_PIL_to_numpy
@@ -9,7 +9,7 @@ from ..errors import UserError
 
 
 class ImageError(UserError):
-    """An image file is missing, damaged, or not what the annotation says."""
+    """An image is missing, damaged, not what the annotation says, or has pixels of another kind."""
 
 
 def read_image(file_name: str, image_format: str) -> np.ndarray:
@@ -37,14 +37,60 @@ def read_image(file_name: str, image_format: str) -> np.ndarray:
         raise ImageError(f"{file_name}: no such image file") from error
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise ImageError(f"{file_name}: not a complete image file: {error}") from error
+    return _to_array(image, image_format, file_name)
+
+
+def convert_image(
+    image: Image.Image | np.ndarray,
+    image_format: str,
+    *,
+    array_format: str = "BGR",
+    name: str = "image",
+) -> np.ndarray:
+    """An image in memory as :func:`read_image` would give it.
+
+    Args:
+        image: of PIL, which is turned as its EXIF data say, or an array (H, W), (H, W, 1),
+            (H, W, 3) or (H, W, 4), uint8 or uint16. The fourth channel is dropped.
+        image_format: see :func:`read_image`.
+        array_format: "BGR" or "RGB": the order of the channels of an array.
+        name: of the image, for messages.
+
+    Raises:
+        ImageError: the array has another shape or type, or the pixels do not fit into 16 bits.
+    """
+    if isinstance(image, np.ndarray):
+        image = _to_image(image, array_format, name)
+    return _to_array(ImageOps.exif_transpose(image), image_format, name)
+
+
+def _to_array(image: Image.Image, image_format: str, name: str) -> np.ndarray:
     if image.mode.startswith("I"):
-        image = Image.fromarray(_upper_byte(np.asarray(image), file_name))
+        image = Image.fromarray(_upper_byte(np.asarray(image), name))
     elif image.mode == "F":
-        raise ImageError(f"{file_name}: pixels are real numbers; convert the image to 8 bits")
+        raise ImageError(f"{name}: pixels are real numbers; convert the image to 8 bits")
     return convert_PIL_to_numpy(image, image_format)
 
 
-def _upper_byte(pixels: np.ndarray, file_name: str) -> np.ndarray:
+def _to_image(pixels: np.ndarray, array_format: str, name: str) -> Image.Image:
+    channels = 1 if pixels.ndim == 2 else pixels.shape[-1]
+    if pixels.ndim not in (2, 3) or channels not in (1, 3, 4) or not pixels.size:
+        raise ImageError(
+            f"{name}: an array of shape {pixels.shape}; it must be (height, width) or (height, "
+            "width, channels) with 1, 3 or 4 channels"
+        )
+    if pixels.dtype == np.uint16:
+        pixels = _upper_byte(pixels, name)
+    if pixels.dtype != np.uint8:
+        raise ImageError(f"{name}: an array of {pixels.dtype}; it must be uint8 or uint16")
+    if channels == 1:
+        pixels = pixels.reshape(pixels.shape[:2])
+    else:
+        pixels = pixels[:, :, :3] if array_format == "RGB" else pixels[:, :, 2::-1]
+    return Image.fromarray(np.ascontiguousarray(pixels))
+
+
+def _upper_byte(pixels: np.ndarray, name: str) -> np.ndarray:
     if pixels.size and (pixels.min() < 0 or pixels.max() > 0xFFFF):
-        raise ImageError(f"{file_name}: more than 16 bits a channel; convert the image to 8 bits")
+        raise ImageError(f"{name}: more than 16 bits a channel; convert the image to 8 bits")
     return (pixels >> 8).astype(np.uint8)

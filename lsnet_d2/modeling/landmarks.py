@@ -17,6 +17,7 @@ from detectron2.config import CfgNode
 from detectron2.structures import Instances
 from torch import Tensor
 
+from ..data.keypoints import keypoint_flip_indices
 from ..structures import ContourMasks
 from ..tasks import branch_weights
 from .losses import box_penalty, cross_iou, cross_iou_grouped, cross_iou_per_coordinate
@@ -133,6 +134,14 @@ class LandmarkBranch(ABC):
     @abstractmethod
     def boxes(self, landmarks: Tensor) -> Tensor:
         """Boxes (..., 4) XYXY that landmarks (..., V, 2) span. They may be inverted."""
+
+    @abstractmethod
+    def flip_indices(self, dataset_names: Sequence[str]) -> list[int]:
+        """Where each landmark comes from in the horizontally mirrored image.
+
+        Args:
+            dataset_names: registered data sets that know the model's keypoints.
+        """
 
     @abstractmethod
     def overlap_and_penalty(
@@ -263,6 +272,9 @@ class ExtremeBranch(LandmarkBranch):
         y = torch.stack([y1, y[..., 1], y2, y[..., 3]], dim=-1)
         return torch.stack([x, y], dim=-1)
 
+    def flip_indices(self, dataset_names: Sequence[str]) -> list[int]:
+        return [0, 3, 2, 1]
+
     def overlap_and_penalty(self, vectors, target_vectors, boxes, targets):
         overlap = cross_iou(vectors, target_vectors)
         return overlap, box_penalty(boxes, targets.boxes, overlap)
@@ -309,6 +321,10 @@ class ContourBranch(LandmarkBranch):
 
     def boxes(self, landmarks: Tensor) -> Tensor:
         return span_boxes(landmarks)
+
+    def flip_indices(self, dataset_names: Sequence[str]) -> list[int]:
+        """The first vertex stays the first, and the direction is kept."""
+        return [0, *range(self.num_landmarks - 1, 0, -1)]
 
     def overlap_and_penalty(self, vectors, target_vectors, boxes, targets):
         groups = self.num_landmarks // self._VERTICES_PER_GROUP
@@ -383,6 +399,13 @@ class KeypointBranch(LandmarkBranch):
 
     def boxes(self, landmarks: Tensor) -> Tensor:
         return span_boxes(landmarks)
+
+    def flip_indices(self, dataset_names: Sequence[str]) -> list[int]:
+        """
+        Raises:
+            ConfigError: see :func:`lsnet_d2.data.keypoints.keypoint_flip_indices`.
+        """
+        return keypoint_flip_indices(dataset_names, self.num_landmarks)
 
     def overlap_and_penalty(self, vectors, target_vectors, boxes, targets):
         overlap = cross_iou_per_coordinate(vectors, target_vectors, targets.visible)

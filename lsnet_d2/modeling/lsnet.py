@@ -118,8 +118,13 @@ class LSNet(DenseDetector):
             "input_format": cfg.INPUT.FORMAT,
         }
 
-    def forward(self, batched_inputs: list[dict]):
-        """See :class:`DenseDetector`."""
+    def forward(self, batched_inputs: list[dict], *, do_postprocess: bool = True):
+        """See :class:`DenseDetector`.
+
+        Args:
+            do_postprocess: whether detections are for the original images. Otherwise inference
+                gives the ``Instances`` in pixels of the network's input.
+        """
         images = self.preprocess_image(batched_inputs)
         features = self.backbone(images.tensor)
         predictions = self.head([features[name] for name in self.head_in_features])
@@ -135,6 +140,8 @@ class LSNet(DenseDetector):
                 fine=fine,
             )
         results = self.inference(points, predictions, fine, images)
+        if not do_postprocess:
+            return results
         return [
             {
                 "instances": rescale_instances(

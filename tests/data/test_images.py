@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lsnet_d2.data.images import ImageError, read_image
+from lsnet_d2.data.images import ImageError, convert_image, read_image
 
 GRADIENT = np.arange(12 * 20, dtype=np.uint8).reshape(12, 20)
 
@@ -71,3 +71,58 @@ def test_pixels_that_do_not_fit(tmp_path):
     wide = save(tmp_path / "wide.tiff", GRADIENT.astype(np.int32) * 1000)
     with pytest.raises(ImageError, match="wide.tiff: more than 16 bits"):
         read_image(wide, "BGR")
+
+
+COLOURS = np.stack([GRADIENT, GRADIENT // 2, GRADIENT // 4, 255 - GRADIENT], axis=-1)
+
+
+@pytest.mark.parametrize("image_format", ["RGB", "BGR"])
+@pytest.mark.parametrize("array_format", ["RGB", "BGR"])
+@pytest.mark.parametrize("channels", [3, 4])
+def test_arrays_are_what_files_of_them_are(tmp_path, image_format, array_format, channels):
+    expected = read_image(save(tmp_path / "a.png", COLOURS[:, :, :channels]), image_format)
+    for depth in (np.uint8, np.uint16):
+        pixels = COLOURS[:, :, :channels].astype(depth) * (257 if depth == np.uint16 else 1)
+        if array_format == "BGR":
+            pixels = pixels[:, :, [2, 1, 0, 3][:channels]]
+        seen = convert_image(pixels, image_format, array_format=array_format)
+        np.testing.assert_array_equal(seen, expected)
+
+
+def test_grey_arrays():
+    expected = np.repeat(GRADIENT[:, :, None], 3, axis=2)
+    for pixels in (GRADIENT, GRADIENT[:, :, None], GRADIENT.astype(np.uint16) * 257):
+        np.testing.assert_array_equal(convert_image(pixels, "BGR"), expected)
+    assert convert_image(GRADIENT, "L").shape == (12, 20, 1)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I"])
+def test_images_of_pil_are_what_files_of_them_are(tmp_path, mode):
+    if mode == "I;16":
+        image = Image.fromarray(GRADIENT.astype(np.uint16) * 257)
+    else:
+        image = Image.fromarray(COLOURS[:, :, :3]).convert(mode)
+    image.getexif()[0x0112] = 6  # turned
+    file = tmp_path / "a.tiff"
+    image.save(file, exif=image.getexif())
+    seen = convert_image(image, "RGB")
+    assert seen.shape == (20, 12, 3)
+    np.testing.assert_array_equal(seen, read_image(str(file), "RGB"))
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (np.zeros((4, 5, 2), np.uint8), r"shape \(4, 5, 2\); it must be"),
+        (np.zeros((1, 4, 5, 3), np.uint8), r"shape \(1, 4, 5, 3\); it must be"),
+        (np.zeros(4, np.uint8), r"shape \(4,\); it must be"),
+        (np.zeros((0, 5, 3), np.uint8), r"shape \(0, 5, 3\); it must be"),
+        (np.zeros((4, 5, 3)), "float64; it must be uint8 or uint16"),
+        (np.zeros((4, 5), np.int64), "int64; it must be uint8 or uint16"),
+        (Image.new("F", (5, 4)), "real numbers"),
+        (Image.new("I", (5, 4), 1 << 20), "more than 16 bits"),
+    ],
+)
+def test_images_in_memory_that_are_refused(pixels, message):
+    with pytest.raises(ImageError, match=f"^frame 7: .*{message}"):
+        convert_image(pixels, "BGR", name="frame 7")

@@ -248,3 +248,20 @@ def test_extreme_points_move_to_the_sides_of_boxes():
     assert moved.tolist() == [[[30, 18], [22, 18], [60, 99], [60, 40]]]
     assert torch.equal(branch.boxes(moved), boxes)
     assert branch.moved_to_boxes(points[:0], boxes[:0]).shape == (0, 4, 2)
+
+
+@pytest.mark.parametrize(
+    ("branch", "key", "mirrored"),
+    [
+        (ExtremeBranch(), "extremes", "extremes8"),
+        (ContourBranch(), "polygons", "polygons"),
+        (KeypointBranch(), "keypoints", "keypoints34"),
+    ],
+)
+def test_order_in_a_mirrored_image_is_that_of_the_released_code(branch, key, mirrored):
+    recorded = Recorded("comp_flip.npz")
+    points = recorded[key].float().unflatten(1, (-1, 3 if key == "keypoints" else 2))
+    points = points[:, branch.flip_indices(["keypoints_coco_2017_val"]), :2]
+    points[..., 0] = recorded["img_hw"][1] - points[..., 0]
+    expected = recorded[f"test.horizontal.{mirrored}"].unflatten(1, (-1, 2))
+    torch.testing.assert_close(points, expected, rtol=0, atol=1e-4)

@@ -12,6 +12,7 @@ from tiny_coco import ROOT, run_tool
 
 from lsnet_d2.checkpointer import LSNetCheckpointer
 from lsnet_d2.config_file import load_config
+from lsnet_d2.modeling import LSNetWithTTA
 from lsnet_d2.visualizer import PALETTE
 
 spec = importlib.util.spec_from_file_location("demo", ROOT / "tools/demo.py")
@@ -136,7 +137,7 @@ def test_objects_of_a_video_keep_their_colours(folder, monkeypatch, tmp_path):
         instances.pred_classes = torch.zeros(2, dtype=torch.int64)
         return instances
 
-    monkeypatch.setattr(demo_tool.Detector, "predict", predict)
+    monkeypatch.setattr(demo_tool.LSNetPredictor, "__call__", predict)
     cfg = load_config(
         str(folder / "tiny.yaml"),
         ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", str(folder / "weights.pth")],
@@ -185,3 +186,17 @@ def test_weights_of_another_model(folder):
     )
     assert result.returncode == 2
     assert "weights.pth is a checkpoint of another model" in result.stderr
+
+
+def test_augmented(tmp_path):
+    cfg = load_config(
+        str(tiny_coco.write_config(tmp_path, "LSNet")),
+        ["MODEL.DEVICE", "cpu", "TEST.AUG.ENABLED", "True", "TEST.AUG.MIN_SIZES", "(40, 60)"],
+    )
+    LSNetCheckpointer(build_model(cfg), str(tmp_path)).save("weights")
+    cfg.MODEL.WEIGHTS = str(tmp_path / "weights.pth")
+    detector = demo_tool.Detector(cfg, 0.0, contours="outlined")
+    assert isinstance(detector.predictor.model, LSNetWithTTA)
+    noise = np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8)
+    picture, count = detector.draw(noise)
+    assert picture.shape == (480, 640, 3) and count > 0

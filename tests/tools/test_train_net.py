@@ -9,8 +9,11 @@ import pytest
 import tiny_coco
 import torch
 from detectron2.engine import default_argument_parser
+from detectron2.modeling import build_model
 from tiny_coco import run_tool
 
+from lsnet_d2.checkpointer import LSNetCheckpointer
+from lsnet_d2.config_file import load_config
 from lsnet_d2.errors import ConfigError
 
 TOOL = tiny_coco.ROOT / "tools" / "train_net.py"
@@ -70,6 +73,23 @@ def test_train_then_evaluate_then_resume(data):
         data, "--eval-only", opts=["MODEL.WEIGHTS", final, "MODEL.RETINANET.NUM_CONVS", 2]
     )
     assert_user_error(result, "model_final.pth is a checkpoint of another model")
+
+
+def test_evaluation_with_augmentation(data):
+    cfg = load_config(str(tiny_coco.write_config(data, "LSNet")), ["MODEL.DEVICE", "cpu"])
+    LSNetCheckpointer(build_model(cfg), str(data)).save("weights")
+    opts = ["MODEL.WEIGHTS", data / "weights.pth", "TEST.AUG.ENABLED", "True"]
+    sizes = ["TEST.AUG.MIN_SIZES", "(40, 60)", "MODEL.LSNET.SCORE_THRESH_TEST", "0.0"]
+    result = train(data, "--eval-only", opts=opts + sizes, architecture="LSNet")
+    assert result.returncode == 0, result.stderr
+    assert "Running inference with test-time augmentation" in result.stdout
+    assert result.stdout.count("AP,AP50,AP75") == 2
+    for folder in ("inference", "inference_TTA"):
+        assert json.loads((data / "output" / folder / "coco_instances_results.json").read_text())
+
+    sizes = ["TEST.AUG.MIN_SIZES", "(40, 60)", "TEST.AUG.SIZE_RANGES", "((0, 32),)"]
+    result = train(data, "--eval-only", opts=opts + sizes, architecture="LSNet")
+    assert_user_error(result, "TEST.AUG.SIZE_RANGES has 1 ranges", "2 TEST.AUG.MIN_SIZES")
 
 
 def test_user_errors(data):

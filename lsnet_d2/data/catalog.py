@@ -1,0 +1,63 @@
+"""Reading registered data sets, with errors that name them and their files."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
+
+from ..errors import UserError
+from .builtin import explain_unregistered
+from .coco_json import read_coco_json
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def reporting_data_errors(names: list[str]) -> Iterator[None]:
+    """Turn what reading a registered data set raises into a UserError that names it."""
+    where = f"data set {', '.join(names)}"
+    try:
+        yield
+    except UserError:  # our own loaders have said it
+        raise
+    except OSError as error:
+        root = os.getenv("DETECTRON2_DATASETS", "datasets")
+        reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        raise UserError(f"{where}: {reason} (DETECTRON2_DATASETS is {root})") from error
+    except Exception as error:  # Detectron2's loaders do not say which file or entry it was
+        for name in filter(_has_loader_of_detectron2, names):
+            try:
+                read_coco_json(MetadataCatalog.get(name).json_file)
+            except UserError as problem:
+                raise UserError(f"data set {name}: {problem}") from error
+        if isinstance(error, (AssertionError, LookupError, ValueError)):
+            raise UserError(f"{where}: {type(error).__name__}: {error}") from error
+        raise
+
+
+def _has_loader_of_detectron2(name: str) -> bool:
+    """Whether a data set is a COCO file that Detectron2 loads by itself."""
+    if name not in DatasetCatalog or MetadataCatalog.get(name).get("json_file") is None:
+        return False
+    return getattr(DatasetCatalog[name], "__module__", "").startswith("detectron2.")
+
+
+def load_metadata(dataset_name: str) -> Metadata:
+    """What is known of a data set's classes and keypoints, which its file may have to be read for.
+
+    Where that is not possible they stay unknown, with a warning.
+    """
+    metadata = MetadataCatalog.get(dataset_name)
+    if metadata.get("thing_classes"):
+        return metadata
+    try:
+        if dataset_name not in DatasetCatalog:
+            reason = explain_unregistered(dataset_name)
+            raise UserError(f"data set {dataset_name!r} is not registered: {reason}")
+        with reporting_data_errors([dataset_name]):
+            DatasetCatalog.get(dataset_name)
+    except UserError as error:
+        logger.warning("No names of classes: %s", error)
+    return metadata

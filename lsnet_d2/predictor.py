@@ -1,0 +1,145 @@
+"""From images to instances, in Python."""
+
+import os
+from collections.abc import Iterator, Sequence
+
+import detectron2.data.transforms as T
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import Metadata
+from detectron2.data.detection_utils import build_augmentation
+from detectron2.modeling import build_model
+from detectron2.structures import Instances
+from PIL import Image
+
+from .checkpointer import LSNetCheckpointer
+from .config_file import check_config, load_config, reporting_config_errors, resolve_device
+from .data.catalog import load_metadata
+from .data.images import convert_image, read_image
+from .modeling import LSNetWithTTA
+from .modeling.test_time_augmentation import batches_of_one_size, keep_image_sizes
+
+ImageLike = str | os.PathLike | np.ndarray | Image.Image
+
+
+class LSNetPredictor:
+    """A model with its weights, for images of any kind.
+
+    Images are resized as in evaluation, with ``TEST.AUG.ENABLED`` augmented as there, and the
+    result is that of evaluation. The data sets of the config need not be here, unless a model
+    with keypoints is augmented and only their files say what the keypoints are.
+
+    Attributes:
+        cfg: the config, with the device and the weights that are used.
+        metadata: of the first of ``DATASETS.TEST``, with the names of classes as far as they are
+            known; None where there is none.
+        model: in evaluation mode.
+
+    Examples:
+        >>> predict = LSNetPredictor("config.yaml", weights="model_final.pth")
+        >>> instances = predict("photo.jpg")
+        >>> instances.pred_boxes, instances.scores, instances.pred_extreme_points
+    """
+
+    def __init__(
+        self,
+        config: str | os.PathLike | CfgNode,
+        *,
+        weights: str | os.PathLike | None = None,
+        device: str = "auto",
+        array_format: str = "BGR",
+        score_thresh: float | None = None,
+        batch_size: int = 1,
+    ) -> None:
+        """
+        Args:
+            config: a YAML file, or a config, which is left as it is.
+            weights: None: those of ``MODEL.WEIGHTS``.
+            device: of torch; "auto" is a GPU where there is one, else the CPU. That of the config
+                does not count.
+            array_format: "BGR" or "RGB", the order of the channels of the arrays that are given.
+                OpenCV and Detectron2's ``DefaultPredictor`` have BGR.
+            score_thresh: lowest score of a detection; None: that of the config.
+            batch_size: images of a list that are run at once, as far as they follow one another
+                and have one size after resizing.
+
+        Raises:
+            ConfigError: see :func:`lsnet_d2.config_file.check_config`.
+            CheckpointError: the weights are missing or not those of this model.
+        """
+        if array_format not in ("BGR", "RGB"):
+            raise ValueError(f"array_format is {array_format!r}; it must be BGR or RGB")
+        if not isinstance(config, CfgNode):
+            config = load_config(os.fspath(config), need_data_sets=False)
+        cfg = config.clone()
+        cfg.defrost()
+        cfg.MODEL.DEVICE = resolve_device(device)
+        if weights is not None:
+            cfg.MODEL.WEIGHTS = os.fspath(weights)
+        self.score_thresh = score_thresh
+        if score_thresh is not None:
+            for node in (cfg.MODEL.LSNET, cfg.MODEL.RETINANET, cfg.MODEL.ROI_HEADS):
+                node.SCORE_THRESH_TEST = min(node.SCORE_THRESH_TEST, score_thresh)
+        check_config(cfg, need_data_sets=False)
+        self.cfg = cfg
+        self.array_format = array_format
+        self.batch_size = batch_size
+        names = cfg.DATASETS.TEST
+        self.metadata: Metadata | None = load_metadata(names[0]) if names else None
+        with reporting_config_errors(cfg):
+            self.model = build_model(cfg).eval()
+        LSNetCheckpointer(self.model, cfg=cfg).load(
+            cfg.MODEL.WEIGHTS, checkpointables=[], strict=True
+        )
+        if cfg.TEST.AUG.ENABLED:
+            self.model = LSNetWithTTA(cfg, self.model)
+            cfg = keep_image_sizes(cfg)
+        self._augmentation = T.AugmentationList(build_augmentation(cfg, is_train=False))
+
+    def __call__(self, images: ImageLike | Sequence[ImageLike]) -> Instances | list[Instances]:
+        """
+        Args:
+            images: one image or a list: files, of all kinds that PIL reads; PIL's images; arrays
+                (height, width, channels) or (height, width), uint8 or uint16. Transparency is
+                dropped, and of 16 bits the lower 8. Files and PIL's images are turned as their
+                EXIF data say.
+
+        Returns:
+            Detections, best first, on the CPU, in pixels of the image; for a list, a list of them.
+
+        Raises:
+            ImageError: an image cannot be read or has pixels of another kind.
+        """
+        if isinstance(images, (list, tuple)):
+            return list(self._predict(images))
+        return next(self._predict([images]))
+
+    @torch.no_grad()
+    def _predict(self, images: Sequence[ImageLike]) -> Iterator[Instances]:
+        inputs = (self._read(image, number) for number, image in enumerate(images))
+        for batch in batches_of_one_size(inputs, self.batch_size):
+            for output in self.model(batch):
+                instances = output["instances"].to("cpu")
+                if self.score_thresh is not None:
+                    instances = instances[instances.scores >= self.score_thresh]
+                yield instances
+
+    def _read(self, image: ImageLike, number: int) -> dict:
+        """What the model takes. ``number`` is that of the image in its list."""
+        image_format = self.cfg.INPUT.FORMAT
+        if isinstance(image, (str, os.PathLike)):
+            pixels = read_image(os.fspath(image), image_format)
+        elif isinstance(image, (np.ndarray, Image.Image)):
+            name = f"image {number}"
+            pixels = convert_image(image, image_format, array_format=self.array_format, name=name)
+        else:
+            raise TypeError(
+                f"image {number} is of type {type(image).__name__}; it must be a path, an array "
+                "or an image of PIL"
+            )
+        height, width = pixels.shape[:2]
+        resized = T.AugInput(pixels)
+        self._augmentation(resized)
+        tensor = torch.from_numpy(np.ascontiguousarray(resized.image.transpose(2, 0, 1)))
+        return {"image": tensor, "height": height, "width": width}
