@@ -52,6 +52,9 @@ def add_lsnet_config(cfg: CN) -> None:
     cfg.MODEL.LSNET.POLISH_IN_FEATURES = []
     # How often it does so, each time with weights of its own.
     cfg.MODEL.LSNET.POLISH_STEPS = 1
+    # Anchor points of each object, taken at random from those of the refine stage, that it learns
+    # from: they see nearly the same. 0: all.
+    cfg.MODEL.LSNET.POLISH_POSITIVES = 0
 
     # --- targets and losses
     # Length given to the unused side of a vector, relative to the used one.

@@ -77,7 +77,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
     solver = cfg.SOLVER
     optimizers = {
         "SGD": partial(SGD, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV),
-        "AdamW": AdamW,
+        "AdamW": partial(AdamW, fused=True),
     }
     if solver.OPTIMIZER not in optimizers:
         raise ValueError(

@@ -83,6 +83,15 @@ class BranchSamples:
     normalizer: Tensor
 
 
+def few_of_each(values: Tensor, count: int) -> Tensor:
+    """Indices of at most ``count`` elements of each value in ``values`` (N,), chosen at random."""
+    order = torch.randperm(len(values), device=values.device)
+    order = order[values[order].argsort(stable=True)]
+    ordered = values[order]
+    rank = torch.arange(len(values), device=values.device) - torch.searchsorted(ordered, ordered)
+    return order[rank < count]
+
+
 class Criterion:
     """The losses of a batch, from dense predictions and the objects of its images."""
 
@@ -99,6 +108,7 @@ class Criterion:
         focal_loss_gamma: float = 2.0,
         init_positives: int = 1,
         atss_topk: int = 9,
+        polish_positives: int = 0,
         ignore_crowd: bool = True,
         corners: CornerCriterion | None = None,
     ) -> None:
@@ -110,6 +120,8 @@ class Criterion:
             num_classes: K.
             init_positives: anchor points that each object takes in the init stage.
             atss_topk: candidates per level and object in the refine stage.
+            polish_positives: anchor points of each object that teach the third stage; 0: all those
+                of the refine stage.
             ignore_crowd: leave points inside ``ignore_boxes``, and inside objects without what the
                 first branch learns, out of the losses of classes and of corner verification.
             corners: the losses of corner verification, if there is any.
@@ -123,6 +135,7 @@ class Criterion:
         self.focal_loss_gamma = focal_loss_gamma
         self.init_positives = init_positives
         self.atss_topk = atss_topk
+        self.polish_positives = polish_positives
         self.ignore_crowd = ignore_crowd
         self.corners = corners
 
@@ -144,6 +157,7 @@ class Criterion:
             "focal_loss_gamma": cfg.MODEL.LSNET.FOCAL_LOSS_GAMMA,
             "init_positives": cfg.MODEL.LSNET.INIT_POSITIVES,
             "atss_topk": cfg.MODEL.LSNET.ATSS_TOPK,
+            "polish_positives": cfg.MODEL.LSNET.POLISH_POSITIVES,
             "ignore_crowd": cfg.MODEL.LSNET.IGNORE_CROWD,
             "corners": CornerCriterion(cfg) if cfg.MODEL.LSNET.CPV else None,
         }
@@ -351,6 +365,18 @@ class Criterion:
         )
         return loss.sum()
 
+    @staticmethod
+    def thinned(samples: BranchSamples, count: int) -> BranchSamples:
+        """At most ``count`` samples of each object, chosen at random."""
+        kept = few_of_each(samples.positives.object, count)
+        total = mean_over_workers(kept.new_tensor(len(kept), dtype=torch.float32))
+        return replace(
+            samples,
+            vectors=samples.vectors[kept],
+            positives=samples.positives[kept],
+            normalizer=total.clamp(min=1 / comm.get_world_size()),
+        )
+
     def polish_loss(
         self,
         points: AnchorPoints,
@@ -363,6 +389,8 @@ class Criterion:
         Each step takes the landmarks of the refine stage, or of the step before, without their
         gradient, and leaves the vector to the centre.
         """
+        if self.polish_positives:
+            samples = self.thinned(samples, self.polish_positives)
         branch, positives = samples.branch, samples.positives
         anchors, stride = points.xy[positives.point], points.strides[positives.point]
         vectors = samples.vectors.detach()

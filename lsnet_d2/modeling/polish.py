@@ -126,8 +126,8 @@ def build_polish(
         shapes: of the backbone's features.
 
     Raises:
-        ValueError: the backbone has no such feature, or there is no step; the message names the
-            key.
+        ValueError: the backbone has no such feature, there is no step, or the number of positives
+            is negative; the message names the key.
     """
     names = list(cfg.MODEL.LSNET.POLISH_IN_FEATURES)
     if not names:
@@ -139,6 +139,11 @@ def build_polish(
     num_steps = cfg.MODEL.LSNET.POLISH_STEPS
     if num_steps < 1:
         raise ValueError(f"MODEL.LSNET.POLISH_STEPS is {num_steps}; it must be positive")
+    if cfg.MODEL.LSNET.POLISH_POSITIVES < 0:
+        raise ValueError(
+            f"MODEL.LSNET.POLISH_POSITIVES is {cfg.MODEL.LSNET.POLISH_POSITIVES}; it must be "
+            "positive, or 0 for all"
+        )
     channels = sum(shapes[name].channels for name in names)
     strides = [shapes[name].stride for name in names]
     return nn.ModuleDict(

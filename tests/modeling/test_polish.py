@@ -91,6 +91,20 @@ def test_weight_of_the_loss():
     torch.testing.assert_close(twice, 2 * once)
 
 
+def test_few_positives_teach_what_all_of_them_do():
+    def values(**keys):
+        losses = losses_of(polished_model(**keys).train(), [make_input(BOXES, [0, 1, 2])])
+        return {name: loss.item() for name, loss in losses.items()}
+
+    every = values()
+    assert values(POLISH_POSITIVES=1000) == pytest.approx(every)
+    torch.manual_seed(0)
+    few = [values(POLISH_POSITIVES=1) for _ in range(40)]
+    assert {x["loss_segm_refine"] for x in few} == {every["loss_segm_refine"]}
+    polish = torch.tensor([x["loss_segm_polish"] for x in few])
+    assert polish.mean() == pytest.approx(every["loss_segm_polish"], rel=0.05)
+
+
 def test_detections_are_moved_and_their_boxes_follow():
     model = polished_model(SCORE_THRESH_TEST=0.0, TOPK_CANDIDATES_TEST=50).eval()
     # two cells up, left, down and right
@@ -119,3 +133,5 @@ def test_unknown_features_are_named():
         tiny_model(POLISH_IN_FEATURES=["p2"])
     with pytest.raises(ValueError, match="POLISH_STEPS is 0"):
         polished_model(POLISH_STEPS=0)
+    with pytest.raises(ValueError, match="POLISH_POSITIVES is -1"):
+        polished_model(POLISH_POSITIVES=-1)
