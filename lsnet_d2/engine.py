@@ -165,6 +165,10 @@ class LSNetTrainer(DefaultTrainer):
         # The steps are DefaultTrainer's; it has no place to put another wrapper or checkpointer.
         super(DefaultTrainer, self).__init__()
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        if cfg.SOLVER.AMP.ENABLED and torch.device(cfg.MODEL.DEVICE).type != "cuda":
+            raise ConfigError(
+                f"SOLVER.AMP.ENABLED needs a CUDA device, but MODEL.DEVICE is {cfg.MODEL.DEVICE!r}"
+            )
         if cfg.SOLVER.IMS_PER_BATCH % comm.get_world_size():
             raise ConfigError(
                 f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}; it must be a multiple of "

@@ -14,7 +14,7 @@ from detectron2.structures import Instances
 from PIL import Image
 
 from .checkpointer import LSNetCheckpointer
-from .config_file import check_config, load_config, reporting_config_errors, resolve_device
+from .config_file import check_config, merge_config, reporting_config_errors, resolve_device
 from .data.catalog import load_metadata
 from .data.images import convert_image, read_image
 from .modeling import LSNetWithTTA
@@ -71,7 +71,7 @@ class LSNetPredictor:
         if array_format not in ("BGR", "RGB"):
             raise ValueError(f"array_format is {array_format!r}; it must be BGR or RGB")
         if not isinstance(config, CfgNode):
-            config = load_config(os.fspath(config), need_data_sets=False)
+            config = merge_config(os.fspath(config))
         cfg = config.clone()
         cfg.defrost()
         cfg.MODEL.DEVICE = resolve_device(device)

@@ -173,6 +173,14 @@ def test_batch_must_divide_among_processes(coco, monkeypatch):
         LSNetTrainer(tiny_cfg(coco))
 
 
+def test_mixed_precision_is_trained_on_a_gpu_and_evaluated_anywhere(coco):
+    cfg = tiny_cfg(coco, "SOLVER.AMP.ENABLED", "True")
+    with pytest.raises(ConfigError, match="AMP.ENABLED needs a CUDA device, .* is 'cpu'"):
+        LSNetTrainer(cfg)
+    with pytest.raises(CheckpointError, match="MODEL.WEIGHTS is empty"):
+        evaluate(cfg)
+
+
 def test_data_errors_name_the_file(coco):
     cfg = tiny_cfg(coco)
     path = tiny_coco.json_file(coco, "train")
