@@ -27,8 +27,8 @@ class LSNetPredictor:
     """A model with its weights, for images of any kind.
 
     Images are resized as in evaluation, with ``TEST.AUG.ENABLED`` augmented as there, and the
-    result is that of evaluation. The data sets of the config need not be here, unless a model
-    with keypoints is augmented and only their files say what the keypoints are.
+    result is that of evaluation. The data sets of the config need not be here, unless images
+    are mirrored for a model with keypoints, and only their files say what the keypoints are.
 
     Attributes:
         cfg: the config, with the device and the weights that are used.
@@ -70,6 +70,8 @@ class LSNetPredictor:
         """
         if array_format not in ("BGR", "RGB"):
             raise ValueError(f"array_format is {array_format!r}; it must be BGR or RGB")
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
         if not isinstance(config, CfgNode):
             config = merge_config(os.fspath(config))
         cfg = config.clone()

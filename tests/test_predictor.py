@@ -169,6 +169,8 @@ def test_errors(folder):
         LSNetPredictor(cfg, weights=folder / "weights.pth", device="cpu")
     with pytest.raises(ValueError, match="array_format is 'GRB'"):
         predictor(folder, array_format="GRB")
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        predictor(folder, batch_size=0)
 
 
 def test_the_config_is_left_as_it_is(folder):
