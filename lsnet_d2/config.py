@@ -98,7 +98,7 @@ def add_lsnet_config(cfg: CN) -> None:
     cfg.TEST.AUG.VOTE_IOU = 0.66
 
     # Keep only the inputs of the residual blocks for the backward pass, which computes the rest
-    # anew: less memory, more time, the same numbers.
+    # anew: less memory, more time, the same numbers. Not for batch norm that gathers statistics.
     cfg.MODEL.RESNETS.ACTIVATION_CHECKPOINTING = False
 
     # Res2Net has MODEL.RESNETS too; its WIDTH_PER_GROUP is the channels of a split in res2.
