@@ -122,7 +122,8 @@ def add_lsnet_config(cfg: CN) -> None:
     cfg.INPUT.CONTOUR_SAMPLING = "adaptive"
 
     # Batch for which the learning rate and the iterations are written. tools/train_net.py scales
-    # them for another IMS_PER_BATCH, but for keys given on the command line. 0: it does not.
+    # them for another IMS_PER_BATCH, but for keys given on the command line. A config file with a
+    # batch and a schedule of its own sets it to that batch, or to 0: no scaling.
     cfg.SOLVER.REFERENCE_IMS_PER_BATCH = 0
     # "SGD", or "AdamW", which does not use MOMENTUM and NESTEROV.
     cfg.SOLVER.OPTIMIZER = "SGD"

@@ -146,6 +146,16 @@ def test_a_run_that_ends_before_its_first_checkpoint_starts_again(coco):
     assert len(list(coco.glob("output/earlier_*/model_final.pth"))) == 1
 
 
+def test_resume_with_another_batch_keeps_the_rate_and_says_so(coco, caplog):
+    options = ("SOLVER.CHECKPOINT_PERIOD", "1", "SOLVER.BASE_LR", "0.01", "SOLVER.MAX_ITER", "1")
+    tiny_trainer(coco, *options).train()
+    tiny_trainer(coco, *options, resume=True)
+    assert "learning rate of the checkpoint" not in caplog.text
+    trainer = tiny_trainer(coco, *options, "SOLVER.BASE_LR", "0.005", resume=True)
+    assert trainer.scheduler.base_lrs[0] == 0.01
+    assert "rate of the checkpoint, 0.01, not with 0.005, that of the config" in caplog.text
+
+
 def test_resume_without_checkpoint_starts_and_without_whole_one_fails(coco):
     trainer = tiny_trainer(coco, resume=True)
     assert trainer.start_iter == 0 and trainer.checkpointer.resumed_from is None
