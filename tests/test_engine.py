@@ -25,6 +25,7 @@ from lsnet_d2.errors import (
     ConfigError,
     UserError,
 )
+from lsnet_d2.modeling import LSNetWithTTA
 
 
 @pytest.fixture(params=tiny_coco.CONFIGS)
@@ -278,10 +279,24 @@ def test_keypoints_need_names(coco):
 
 
 @pytest.mark.parametrize("coco", ["LSNet"], indirect=True)
-def test_last_evaluation_is_augmented_too(coco):
+def test_last_evaluation_is_augmented_too(coco, monkeypatch):
     """One training: plain results every iteration, augmented ones in the end; and again later."""
+    given, augment = set(), LSNetWithTTA.inference_single_image
+
+    def spy(self, inputs):
+        given.add(tuple(inputs["image"].shape[1:]))
+        return augment(self, inputs)
+
+    monkeypatch.setattr(LSNetWithTTA, "inference_single_image", spy)
     options = ("TEST.AUG.ENABLED", "True", "TEST.AUG.MIN_SIZES", "(48, 64)")
-    options += ("TEST.EVAL_PERIOD", "1", "MODEL.LSNET.SCORE_THRESH_TEST", "0.0")
+    options += (
+        "INPUT.MIN_SIZE_TEST",
+        "36",
+        "TEST.EVAL_PERIOD",
+        "1",
+        "MODEL.LSNET.SCORE_THRESH_TEST",
+        "0.0",
+    )
     cfg = tiny_cfg(coco, *options, "SOLVER.MAX_ITER", "2")
     seed_all_rng(0)
     trainer = LSNetTrainer(cfg)
@@ -294,6 +309,7 @@ def test_last_evaluation_is_augmented_too(coco):
     assert "bbox/AP" in rows[-1] and "bbox_TTA/AP" in rows[-1]
     assert "bbox_TTA/AP" not in rows[0]
     assert trainer.model.training
+    assert given == {tiny_coco.SIZE}  # resized by the augmentation alone
 
     cfg.MODEL.WEIGHTS = str(output / "model_final.pth")
     results = evaluate(cfg)
