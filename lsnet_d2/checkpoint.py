@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from detectron2.config import CfgNode
@@ -89,8 +90,8 @@ def convert_lsnet_checkpoint(state_dict: Mapping[str, Tensor], cfg: CfgNode) -> 
         Weights by our names; the tensors are shared with the input.
 
     Raises:
-        ValueError: the checkpoint is of another task or number of classes, or holds a key that has
-            no counterpart here; the message names it.
+        ValueError: the checkpoint is of another task or number of classes, holds a key that has no
+            counterpart here, or two with the same; the message names it.
     """
     names = released_names(state_dict)
     refused = [key for key, name in names.items() if name is None and not is_counter(key)]
@@ -98,6 +99,9 @@ def convert_lsnet_checkpoint(state_dict: Mapping[str, Tensor], cfg: CfgNode) -> 
         raise ValueError(
             f"{len(refused)} keys of the checkpoint have no counterpart: {some(refused)}"
         )
+    twice = [name for name, count in Counter(names.values()).items() if name and count > 1]
+    if twice:
+        raise ValueError(f"the checkpoint has {len(twice)} weights under two names: {some(twice)}")
     converted = {name: state_dict[key] for key, name in names.items() if name is not None}
     _check_task(converted, cfg)
     if not cfg.MODEL.LSNET.REFERENCE_OFFSETS:
@@ -149,7 +153,10 @@ def _check_task(converted: dict[str, Tensor], cfg: CfgNode) -> None:
         )
     if _CLASS_BIAS not in converted:
         raise ValueError("the checkpoint has no classifier: bbox_head.pts_cls_out.bias is missing")
-    num_classes = len(converted[_CLASS_BIAS])
+    bias = converted[_CLASS_BIAS]
+    if not isinstance(bias, Tensor) or bias.ndim != 1:
+        raise ValueError("bbox_head.pts_cls_out.bias has no value for each class")
+    num_classes = len(bias)
     if num_classes != cfg.MODEL.LSNET.NUM_CLASSES:
         raise ValueError(
             f"the checkpoint has {num_classes} classes, but MODEL.LSNET.NUM_CLASSES is "

@@ -301,6 +301,9 @@ def _reading(path: str) -> Iterator[None]:
 
 
 def _load_torch_file(path: str) -> Mapping[str, Any]:
+    # torch does not look at the checksums of an archive; it reads a damaged tensor as it is
+    if zipfile.is_zipfile(path) and (damaged := _first_damaged(path)):
+        raise CheckpointError(f"{path} is damaged: the checksum of {damaged} is wrong")
     return _require_names(path, torch.load(path, map_location="cpu", weights_only=True))
 
 
@@ -323,12 +326,17 @@ def _require_names(path: str, data: Any) -> Mapping[str, Any]:
     return data
 
 
+def _first_damaged(path: str) -> str | None:
+    """The first file in an archive whose checksum is wrong."""
+    with zipfile.ZipFile(path) as archive:
+        return archive.testzip()
+
+
 def _is_whole(path: str) -> bool:
     """Whether a file of torch.save is complete, its checksums hold, and torch can read it."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip() is not None:
-                return False
+        if _first_damaged(path):
+            return False
         # the tensors themselves stay on the disk
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         _require_names(path, _require_names(path, data).get("model"))

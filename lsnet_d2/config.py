@@ -101,7 +101,7 @@ def add_lsnet_config(cfg: CN) -> None:
     cfg.TEST.AUG.VOTE_IOU = 0.66
 
     # Keep only the inputs of the residual blocks for the backward pass, which computes the rest
-    # anew: less memory, more time, the same numbers.
+    # anew: less memory, more time, the same numbers. Not for batch norm that gathers statistics.
     cfg.MODEL.RESNETS.ACTIVATION_CHECKPOINTING = False
 
     # Res2Net has MODEL.RESNETS too; its WIDTH_PER_GROUP is the channels of a split in res2.
@@ -125,7 +125,8 @@ def add_lsnet_config(cfg: CN) -> None:
     cfg.INPUT.CONTOUR_SAMPLING = "adaptive"
 
     # Batch for which the learning rate and the iterations are written. tools/train_net.py scales
-    # them for another IMS_PER_BATCH, but for keys given on the command line. 0: it does not.
+    # them for another IMS_PER_BATCH, but for keys given on the command line. A config file with a
+    # batch and a schedule of its own sets it to that batch, or to 0: no scaling.
     cfg.SOLVER.REFERENCE_IMS_PER_BATCH = 0
     # "SGD", or "AdamW", which does not use MOMENTUM and NESTEROV.
     cfg.SOLVER.OPTIMIZER = "SGD"

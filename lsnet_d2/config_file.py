@@ -190,10 +190,6 @@ def check_config(cfg: CfgNode, *, need_data_sets: bool = True) -> None:
                     f"DATASETS.{key}: data set {name!r} is not registered"
                     f"{did_you_mean(name, DatasetCatalog.list())}; {explain_unregistered(name)}"
                 )
-    if cfg.SOLVER.AMP.ENABLED and torch.device(cfg.MODEL.DEVICE).type != "cuda":
-        raise ConfigError(
-            f"SOLVER.AMP.ENABLED needs a CUDA device, but MODEL.DEVICE is {cfg.MODEL.DEVICE!r}"
-        )
 
 
 def _check_choices(cfg: CfgNode, keys: tuple[tuple[str, tuple[str, ...]], ...]) -> None:

@@ -165,6 +165,10 @@ class LSNetTrainer(DefaultTrainer):
         # The steps are DefaultTrainer's; it has no place to put another wrapper or checkpointer.
         super(DefaultTrainer, self).__init__()
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        if cfg.SOLVER.AMP.ENABLED and torch.device(cfg.MODEL.DEVICE).type != "cuda":
+            raise ConfigError(
+                f"SOLVER.AMP.ENABLED needs a CUDA device, but MODEL.DEVICE is {cfg.MODEL.DEVICE!r}"
+            )
         if cfg.SOLVER.IMS_PER_BATCH % comm.get_world_size():
             raise ConfigError(
                 f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}; it must be a multiple of "
@@ -191,12 +195,23 @@ class LSNetTrainer(DefaultTrainer):
     def resume_or_load(self, resume: bool = True) -> None:
         """Go on from the last whole checkpoint in ``OUTPUT_DIR``, or load ``MODEL.WEIGHTS``.
 
+        The learning rate goes on too. Where the config has another one, for another batch perhaps,
+        there is a warning.
+
         Raises:
             CheckpointError: see :meth:`LSNetCheckpointer.resume_or_load`.
         """
+        planned = max(self.scheduler.base_lrs)
         self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
         if self.checkpointer.resumed_from:
             self.start_iter = self.iter + 1
+            if (rate := max(self.scheduler.base_lrs)) != planned:
+                logger.warning(
+                    "Going on with the learning rate of the checkpoint, %g, not with %g, that of "
+                    "the config: give the SOLVER.IMS_PER_BATCH and SOLVER.BASE_LR of its training",
+                    rate,
+                    planned,
+                )
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:

@@ -14,7 +14,7 @@ from detectron2.structures import Instances
 from PIL import Image
 
 from .checkpointer import LSNetCheckpointer
-from .config_file import check_config, load_config, reporting_config_errors, resolve_device
+from .config_file import check_config, merge_config, reporting_config_errors, resolve_device
 from .data.catalog import load_metadata
 from .data.images import convert_image, read_image
 from .modeling import LSNetWithTTA
@@ -27,8 +27,8 @@ class LSNetPredictor:
     """A model with its weights, for images of any kind.
 
     Images are resized as in evaluation, with ``TEST.AUG.ENABLED`` augmented as there, and the
-    result is that of evaluation. The data sets of the config need not be here, unless a model
-    with keypoints is augmented and only their files say what the keypoints are.
+    result is that of evaluation. The data sets of the config need not be here, unless images
+    are mirrored for a model with keypoints, and only their files say what the keypoints are.
 
     Attributes:
         cfg: the config, with the device and the weights that are used.
@@ -70,8 +70,10 @@ class LSNetPredictor:
         """
         if array_format not in ("BGR", "RGB"):
             raise ValueError(f"array_format is {array_format!r}; it must be BGR or RGB")
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
         if not isinstance(config, CfgNode):
-            config = load_config(os.fspath(config), need_data_sets=False)
+            config = merge_config(os.fspath(config))
         cfg = config.clone()
         cfg.defrost()
         cfg.MODEL.DEVICE = resolve_device(device)

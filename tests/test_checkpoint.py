@@ -109,6 +109,18 @@ def test_another_number_of_classes_is_refused(released, cfg):
         convert_lsnet_checkpoint(released, cfg)
 
 
+def test_two_names_of_one_weight_are_refused(released, cfg):
+    twice = {**released, "neck.lateral_convs.0.weight": torch.ones(64, 512, 1, 1)}
+    with pytest.raises(ValueError, match=r"1 weights under two names: backbone\.fpn_lateral3\.w"):
+        convert_lsnet_checkpoint(twice, cfg)
+
+
+@pytest.mark.parametrize("bias", [torch.tensor(1.0), 80])
+def test_classifier_must_be_one(released, cfg, bias):
+    with pytest.raises(ValueError, match=r"bbox_head\.pts_cls_out\.bias has no value for each"):
+        convert_lsnet_checkpoint({**released, "bbox_head.pts_cls_out.bias": bias}, cfg)
+
+
 def test_missing_classifier_is_named(released, cfg):
     without = {name: v for name, v in released.items() if name != "bbox_head.pts_cls_out.bias"}
     with pytest.raises(ValueError, match=r"bbox_head\.pts_cls_out\.bias is missing"):

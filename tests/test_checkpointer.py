@@ -10,7 +10,7 @@ import torch
 from detectron2.modeling import build_model
 from torch import nn
 
-from lsnet_d2.checkpointer import LSNetCheckpointer
+from lsnet_d2.checkpointer import LSNetCheckpointer, read_weights
 from lsnet_d2.errors import CheckpointError
 
 
@@ -86,6 +86,19 @@ def test_damaged_weights(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match="cannot read the weights .*damaged.pth"):
         LSNetCheckpointer(nn.Linear(1, 1)).load(str(path))
+
+
+def test_a_changed_number_is_damage(tmp_path):
+    """Torch reads such a file without a word."""
+    path = tmp_path / "damaged.pth"
+    torch.save({"weight": torch.full((50, 50), 0.5)}, path)
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.full((2,), 0.5).numpy().tobytes())] ^= 0xFF
+    path.write_bytes(content)
+    assert torch.load(path, weights_only=True)["weight"][0, 0] != 0.5
+    for read in (LSNetCheckpointer(nn.Linear(50, 50)).load, read_weights):
+        with pytest.raises(CheckpointError, match=r"damaged\.pth is damaged: .*data/0 is wrong"):
+            read(str(path))
 
 
 @pytest.mark.parametrize("suffix", ["pth", "pkl"])

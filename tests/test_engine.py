@@ -25,6 +25,7 @@ from lsnet_d2.errors import (
     ConfigError,
     UserError,
 )
+from lsnet_d2.modeling import LSNetWithTTA
 
 
 @pytest.fixture(params=tiny_coco.CONFIGS)
@@ -146,6 +147,16 @@ def test_a_run_that_ends_before_its_first_checkpoint_starts_again(coco):
     assert len(list(coco.glob("output/earlier_*/model_final.pth"))) == 1
 
 
+def test_resume_with_another_batch_keeps_the_rate_and_says_so(coco, caplog):
+    options = ("SOLVER.CHECKPOINT_PERIOD", "1", "SOLVER.BASE_LR", "0.01", "SOLVER.MAX_ITER", "1")
+    tiny_trainer(coco, *options).train()
+    tiny_trainer(coco, *options, resume=True)
+    assert "learning rate of the checkpoint" not in caplog.text
+    trainer = tiny_trainer(coco, *options, "SOLVER.BASE_LR", "0.005", resume=True)
+    assert trainer.scheduler.base_lrs[0] == 0.01
+    assert "rate of the checkpoint, 0.01, not with 0.005, that of the config" in caplog.text
+
+
 def test_resume_without_checkpoint_starts_and_without_whole_one_fails(coco):
     trainer = tiny_trainer(coco, resume=True)
     assert trainer.start_iter == 0 and trainer.checkpointer.resumed_from is None
@@ -171,6 +182,14 @@ def test_batch_must_divide_among_processes(coco, monkeypatch):
     monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 4)
     with pytest.raises(ConfigError, match="IMS_PER_BATCH is 2; .*processes, 4"):
         LSNetTrainer(tiny_cfg(coco))
+
+
+def test_mixed_precision_is_trained_on_a_gpu_and_evaluated_anywhere(coco):
+    cfg = tiny_cfg(coco, "SOLVER.AMP.ENABLED", "True")
+    with pytest.raises(ConfigError, match="AMP.ENABLED needs a CUDA device, .* is 'cpu'"):
+        LSNetTrainer(cfg)
+    with pytest.raises(CheckpointError, match="MODEL.WEIGHTS is empty"):
+        evaluate(cfg)
 
 
 def test_data_errors_name_the_file(coco):
@@ -260,10 +279,24 @@ def test_keypoints_need_names(coco):
 
 
 @pytest.mark.parametrize("coco", ["LSNet"], indirect=True)
-def test_last_evaluation_is_augmented_too(coco):
+def test_last_evaluation_is_augmented_too(coco, monkeypatch):
     """One training: plain results every iteration, augmented ones in the end; and again later."""
+    given, augment = set(), LSNetWithTTA.inference_single_image
+
+    def spy(self, inputs):
+        given.add(tuple(inputs["image"].shape[1:]))
+        return augment(self, inputs)
+
+    monkeypatch.setattr(LSNetWithTTA, "inference_single_image", spy)
     options = ("TEST.AUG.ENABLED", "True", "TEST.AUG.MIN_SIZES", "(48, 64)")
-    options += ("TEST.EVAL_PERIOD", "1", "MODEL.LSNET.SCORE_THRESH_TEST", "0.0")
+    options += (
+        "INPUT.MIN_SIZE_TEST",
+        "36",
+        "TEST.EVAL_PERIOD",
+        "1",
+        "MODEL.LSNET.SCORE_THRESH_TEST",
+        "0.0",
+    )
     cfg = tiny_cfg(coco, *options, "SOLVER.MAX_ITER", "2")
     seed_all_rng(0)
     trainer = LSNetTrainer(cfg)
@@ -276,6 +309,7 @@ def test_last_evaluation_is_augmented_too(coco):
     assert "bbox/AP" in rows[-1] and "bbox_TTA/AP" in rows[-1]
     assert "bbox_TTA/AP" not in rows[0]
     assert trainer.model.training
+    assert given == {tiny_coco.SIZE}  # resized by the augmentation alone
 
     cfg.MODEL.WEIGHTS = str(output / "model_final.pth")
     results = evaluate(cfg)

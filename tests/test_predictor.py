@@ -137,6 +137,17 @@ def test_data_sets_need_not_be_here(folder, caplog):
         load_config(str(config))
 
 
+def test_config_of_a_training_on_a_gpu(folder, monkeypatch):
+    """A config.yaml that such a training has written, on a machine without a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (folder / "gpu.yaml").write_text(
+        "_BASE_: tiny.yaml\nMODEL: {DEVICE: cuda}\nSOLVER: {AMP: {ENABLED: True}}\n"
+    )
+    predict = LSNetPredictor(folder / "gpu.yaml", weights=folder / "weights.pth")
+    assert predict.cfg.MODEL.DEVICE == "cpu"
+    assert len(predict(folder / "wide.png")) > 5
+
+
 def test_errors(folder):
     predict = predictor(folder)
     with pytest.raises(ImageError, match="absent.png: no such image file"):
@@ -158,6 +169,8 @@ def test_errors(folder):
         LSNetPredictor(cfg, weights=folder / "weights.pth", device="cpu")
     with pytest.raises(ValueError, match="array_format is 'GRB'"):
         predictor(folder, array_format="GRB")
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        predictor(folder, batch_size=0)
 
 
 def test_the_config_is_left_as_it_is(folder):

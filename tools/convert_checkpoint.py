@@ -57,6 +57,8 @@ def account(
             entries.append(("left out", key, "a counter without effect"))
         elif name is None:
             entries.append(("refused", key, "of no known layer"))
+        elif name in found:
+            entries.append(("refused", key, f"there is another {name}"))
         elif name not in expected:
             entries.append(("refused", key, f"the model has no {name}"))
         elif (shape := _shape(weights[key])) != list(expected[name].shape):

@@ -7,6 +7,9 @@ from PIL import Image, ImageOps
 
 from ..errors import UserError
 
+# What PIL raises over damaged files.
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+
 
 class ImageError(UserError):
     """An image is missing, damaged, not what the annotation says, or has pixels of another kind."""
@@ -35,7 +38,7 @@ def read_image(file_name: str, image_format: str) -> np.ndarray:
             image = ImageOps.exif_transpose(image)
     except FileNotFoundError as error:
         raise ImageError(f"{file_name}: no such image file") from error
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except _DAMAGE as error:
         raise ImageError(f"{file_name}: not a complete image file: {error}") from error
     return _to_array(image, image_format, file_name)
 
@@ -57,11 +60,16 @@ def convert_image(
         name: of the image, for messages.
 
     Raises:
-        ImageError: the array has another shape or type, or the pixels do not fit into 16 bits.
+        ImageError: the array has another shape or type, the pixels do not fit into 16 bits, or the
+            file that PIL has opened, and not read yet, is damaged.
     """
     if isinstance(image, np.ndarray):
         image = _to_image(image, array_format, name)
-    return _to_array(ImageOps.exif_transpose(image), image_format, name)
+    try:
+        image = ImageOps.exif_transpose(image)
+    except _DAMAGE as error:
+        raise ImageError(f"{name}: not a complete image: {error}") from error
+    return _to_array(image, image_format, name)
 
 
 def _to_array(image: Image.Image, image_format: str, name: str) -> np.ndarray:

@@ -177,14 +177,17 @@ class LSNetWithTTA(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, model: nn.Module, batch_size: int = 2) -> dict[str, Any]:
-        """The data sets of the config must have been read: some learn then what their keypoints
-        are, without which they cannot be mirrored."""
+        """With ``TEST.AUG.FLIP`` the data sets of the config must have been read: some learn then
+        what their keypoints are, without which they cannot be mirrored."""
         branches = getattr(model, "module", model).branches
         data_sets = [*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN]
         return {
             "model": model,
             "tta_mapper": LSNetDatasetMapperTTA(cfg),
-            "flip_indices": [branch.flip_indices(data_sets) for branch in branches],
+            "flip_indices": [
+                branch.flip_indices(data_sets) if cfg.TEST.AUG.FLIP else range(branch.num_landmarks)
+                for branch in branches
+            ],
             "method": cfg.TEST.AUG.METHOD,
             "vote_iou": cfg.TEST.AUG.VOTE_IOU,
             "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,

@@ -126,3 +126,16 @@ def test_images_of_pil_are_what_files_of_them_are(tmp_path, mode):
 def test_images_in_memory_that_are_refused(pixels, message):
     with pytest.raises(ImageError, match=f"^frame 7: .*{message}"):
         convert_image(pixels, "BGR", name="frame 7")
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_truncated_file_that_pil_has_opened(tmp_path, suffix):
+    """It reads the pixels only when they are asked for."""
+    file = tmp_path / f"cut.{suffix}"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), np.uint8)).save(file)
+    file.write_bytes(file.read_bytes()[:-600])
+    with (
+        Image.open(file) as image,
+        pytest.raises(ImageError, match="^frame 7: not a complete image: "),
+    ):
+        convert_image(image, "BGR", name="frame 7")

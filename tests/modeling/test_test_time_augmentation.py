@@ -326,6 +326,8 @@ def test_keypoints_that_are_not_known_cannot_be_mirrored():
     cfg.DATASETS.TEST = ("nothing_known",)
     with pytest.raises(ConfigError, match="metadata of nothing_known have no keypoint_names"):
         LSNetWithTTA(cfg, tiny_model(TASK="pose_kbox"))
+    cfg.TEST.AUG.FLIP = False  # nor need they be
+    LSNetWithTTA(cfg, tiny_model(TASK="pose_kbox"))
 
 
 def test_other_models_and_training_are_refused(joint):

@@ -113,6 +113,16 @@ def test_as_a_user_and_detectron2_do_it(tmp_path):
             "1 weights are refused and 0 are missing",
         ),
         (
+            {"neck.lateral_convs.0.weight": torch.ones(256, 512, 1, 1)},
+            "refused   neck.lateral_convs.0.weight  there is another backbone.fpn_lateral3.weight",
+            "1 weights under two names: backbone.fpn_lateral3.weight",
+        ),
+        (
+            {"bbox_head.pts_cls_out.bias": torch.tensor(1.0)},
+            "refused   bbox_head.pts_cls_out.bias  [], but head.cls_predictor.out.bias is [80]",
+            "bbox_head.pts_cls_out.bias has no value for each class",
+        ),
+        (
             {"backbone.bn1.bias": "text"},
             "refused   backbone.bn1.bias  str, but",
             "1 weights are refused and 0 are missing",

@@ -60,10 +60,20 @@ def finish_resnet(backbone: ResNet, cfg: CfgNode) -> ResNet:
     else:
         backbone.freeze(freeze_at)
     if resnets.ACTIVATION_CHECKPOINTING:
+        if any(_gathers_statistics(m) for stage in backbone.stages for m in stage.modules()):
+            raise ValueError(
+                f"MODEL.RESNETS.ACTIVATION_CHECKPOINTING is True and MODEL.RESNETS.NORM is "
+                f"{resnets.NORM!r}, which would count each batch twice in its statistics"
+            )
         for i, name in enumerate(backbone.stage_names):
             backbone.stages[i] = RecomputedStage(*backbone.stages[i])
             setattr(backbone, name, backbone.stages[i])
     return backbone
+
+
+def _gathers_statistics(module: nn.Module) -> bool:
+    batch_norm = isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm)
+    return batch_norm and not isinstance(module, FixedBatchNorm2d)
 
 
 def _check_deform(cfg: CfgNode) -> None:

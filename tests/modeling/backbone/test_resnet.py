@@ -150,6 +150,14 @@ def test_activation_checkpointing_changes_no_number(resnets):
     assert all(torch.equal(maps[name], expected[0][name]) for name in maps)
 
 
+@pytest.mark.parametrize("norm", ["BN", "SyncBN"])
+def test_activation_checkpointing_is_refused_where_it_would_change_statistics(norm):
+    with pytest.raises(ValueError, match=rf"CHECKPOINTING is True and .*NORM is '{norm}'"):
+        build(norm, freeze_at=2, ACTIVATION_CHECKPOINTING=True)
+    for allowed in ("FrozenBN", "GN"):
+        build(allowed, ACTIVATION_CHECKPOINTING=True)
+
+
 @pytest.mark.parametrize("resnets", [{}, DEFORMABLE], ids=["plain", "deformable"])
 def test_mixed_precision(resnets):
     """Autocast gives nearly the same maps, and gradients in single precision."""
