@@ -2,6 +2,7 @@ import sys
 from pathlib import Path
 
 import hypothesis
+import pytest
 import torch
 
 # Helpers shared by tests are imported by their file names.
@@ -13,3 +14,24 @@ hypothesis.settings.load_profile("ci")
 
 # The models are tiny; threads would only wait for one another.
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--parity-report",
+        type=Path,
+        metavar="PAGE.md",
+        help="write the largest differences from the released code into the page",
+    )
+
+
+def pytest_sessionfinish(session, exitstatus):
+    page = session.config.option.parity_report
+    if page is None:
+        return
+    chosen = session.config.option.keyword or session.config.option.markexpr
+    if exitstatus != 0 or chosen:
+        pytest.exit(f"{page} is not written: it takes all tests, and that all pass", returncode=1)
+    from parity import write_report
+
+    write_report(page)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from parity import Recorded
+from parity import Recorded, compare
 from pycocotools import mask as mask_util
 
 from lsnet_d2.data.contours import (
@@ -97,7 +97,7 @@ def test_spreads_points_as_released_code():
     polygons, recorded = recorded_objects()
     assert not recorded["edge_length_tie"].any()
     ours = np.stack([spread_over_edges(parts[0], 360) for parts in polygons])
-    np.testing.assert_allclose(ours, recorded["uniform360_first_part"].numpy(), atol=1e-9)
+    compare(ours, recorded["uniform360_first_part"], 1e-9, "points along a contour, pixels")
     assert max(len(parts[0]) for parts in polygons) > 360  # the rule for many vertices too
 
 
@@ -109,7 +109,7 @@ def test_contours_of_all_parts_equal_released_code():
     for index, parts in enumerate(polygons):
         if not recorded["orientation_ambiguous"][index]:
             ours = reference_contours(parts, box=recorded["gt_boxes"][index].numpy())
-            np.testing.assert_allclose(ours, expected[owner == index], atol=1e-9)
+            compare(ours, expected[owner == index], 1e-9, "contours of all parts, pixels")
             compared += len(ours)
     assert compared == 138
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from parity import DIRECTORY, Recorded
+from parity import DIRECTORY, Recorded, assert_within
 from pycocotools import mask as mask_util
 
 from lsnet_d2.data.polygons import (
@@ -273,7 +273,8 @@ def test_rle_as_recorded():
         expected = json.load(file)
     polygons = recorded["polygons"].numpy().reshape(-1, 36, 2)
     rles = polygons_to_rle(polygons, *expected["size"])
-    assert [rle["counts"] for rle in rles] == expected["counts"]
+    others = sum(rle["counts"] != x for rle, x in zip(rles, expected["counts"], strict=True))
+    assert_within(others, 0, "RLE of polygons")
     assert all(rle["size"] == expected["size"] for rle in rles)
     assert mask_util.area(rles).tolist() == recorded["area"].tolist()
 

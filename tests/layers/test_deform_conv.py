@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torchvision
-from parity import Recorded, relative_difference
+from parity import Recorded, assert_within, relative_difference
 
 from lsnet_d2.layers import deform_conv
 from lsnet_d2.layers.deform_conv import ModulatedDeformConv, sampled_conv, tap_offsets
@@ -166,10 +166,12 @@ def test_value_and_gradients_are_those_of_the_released_code(number):
     y = (torch.arange(height)[:, None] + tap_y.view(-1, 1, 1)) * scale_h + offset[:, 0::2]
     x = (torch.arange(width) + tap_x.view(-1, 1, 1)) * scale_w + offset[:, 1::2]
     out = sampled_conv(feature, weight, y, x)
-    assert relative_difference(out, recorded["output"]) < 1e-5
+    difference = relative_difference(out, recorded["output"])
+    assert_within(difference, 1e-5, "pyramid convolution, relative")
     gradients = torch.autograd.grad(out, inputs, recorded["grad_output"])
     for name, gradient in zip(names, gradients, strict=True):
-        assert relative_difference(gradient, recorded[f"grad_{name}"]) < 1e-5, name
+        difference = relative_difference(gradient, recorded[f"grad_{name}"])
+        assert_within(difference, 1e-5, "its gradients, pyramid convolution, relative", detail=name)
 
 
 class TestSelection:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from parity import Recorded
+from parity import Recorded, assert_within, compare, relative_difference
 from torchvision.ops import box_iou
 
 from lsnet_d2.modeling.corner_targets import corner_radius, corner_targets, semantic_targets
@@ -28,14 +28,15 @@ def test_corners_are_those_of_the_released_code(case):
     points = make_anchor_points(sizes, STRIDES, torch.device("cpu"))
     heat, offsets = corner_targets(points, recorded["gt_boxes"], everywhere(points))
     for corner, name in enumerate(("tl", "br")):
-        torch.testing.assert_close(heat[:, corner], recorded[f"hm_{name}"], rtol=1e-4, atol=1e-6)
+        compare(heat[:, corner], recorded[f"hm_{name}"], 1e-5, "corner heat, targets")
         positive = torch.nonzero(heat[:, corner] == 1).squeeze(1)
         assert torch.equal(positive, recorded[f"pos_{name}"].long())
         # Where objects have one point, the released code takes the last of them.
         shared = torch.isin(positive, recorded[f"collisions_{name}"])
         alone = positive[~shared]
         expected = recorded[f"off_{name}"]
-        torch.testing.assert_close(offsets[alone, corner], expected[alone], rtol=1e-5, atol=1e-5)
+        offset_error = "corner offsets, targets in cells"
+        compare(offsets[alone, corner], expected[alone], 1e-5, offset_error)
         assert (offsets[heat[:, corner] < 1, corner] == 0).all()
         shared = positive[shared]
         ours, theirs = offsets[shared, corner].norm(dim=1), expected[shared].norm(dim=1)
@@ -90,6 +91,8 @@ def test_the_semantic_map_is_that_of_the_released_code(run):
     present = recorded["classes"].long()
     assert torch.equal(finest[present] > 0, recorded["map"].bool())
     torch.testing.assert_close(finest[present], recorded["weights"], rtol=1e-6, atol=0)
+    difference = relative_difference(finest[present], recorded["weights"])
+    assert_within(difference, 1e-6, "semantic map, targets, relative")
     absent = torch.ones(80, dtype=torch.bool).index_fill(0, present, False)
     assert (finest[absent] == 0).all()
 

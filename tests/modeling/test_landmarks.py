@@ -1,7 +1,7 @@
 import pytest
 import torch
 from detectron2.structures import Boxes, Instances, Keypoints
-from parity import Recorded, relative_difference
+from parity import Recorded, assert_within, compare, relative_difference
 from tiny_model import tiny_cfg
 
 from lsnet_d2.layers.deform_conv import tap_offsets
@@ -28,7 +28,7 @@ class TestExtremeBranch:
         free = recorded["raw_init"][:, 20:].unflatten(1, (4, 2)).permute(0, 3, 4, 1, 2).flip(-1)
         points = ExtremeBranch().sampling_points(vectors, free)
         expected = channels_last(recorded, "kernel_points_yx", 2).flip(-1)
-        assert relative_difference(points, expected) < 1e-6
+        assert_within(relative_difference(points, expected), 1e-6, "sampling points, relative")
         offsets = channels_last(recorded, "dcn_offset", 2).flip(-1)
         assert relative_difference(points - tap_offsets(3), offsets) < 1e-6
 
@@ -39,7 +39,7 @@ class TestExtremeBranch:
         origin = torch.zeros(*vectors.shape[:-2], 2)
         boxes = branch.boxes(branch.decode(vectors, origin, torch.ones(vectors.shape[:-2])))
         expected = recorded["boxes"].permute(0, 2, 3, 1)
-        assert relative_difference(boxes, expected) < 1e-6
+        assert_within(relative_difference(boxes, expected), 1e-6, "boxes of landmarks, relative")
 
     def test_targets_end_with_the_centre_of_the_box(self):
         instances = Instances((100, 100))
@@ -81,7 +81,7 @@ class TestContourAndKeypointBranch:
         vectors = channels_last(recorded, "softplus", 4)
         points = branch.sampling_points(vectors, vectors.new_zeros(*vectors.shape[:-2], 0, 2))
         expected = channels_last(recorded, "kernel_points_yx", 2).flip(-1)
-        assert relative_difference(points, expected) < 1e-6
+        assert_within(relative_difference(points, expected), 1e-6, "sampling points, relative")
 
     def test_landmarks_and_boxes_are_those_of_the_released_code(self, recording, branch):
         recorded = Recorded("comp_head_decode.npz", recording)
@@ -89,9 +89,10 @@ class TestContourAndKeypointBranch:
         origin = torch.zeros(*vectors.shape[:-2], 2)
         landmarks = branch.decode(vectors, origin, torch.ones(vectors.shape[:-2]))
         expected = channels_last(recorded, "landmarks_xy", 2)
-        assert relative_difference(landmarks, expected) < 1e-6
+        assert_within(relative_difference(landmarks, expected), 1e-6, "landmarks, relative")
         expected = recorded["boxes"].permute(0, 2, 3, 1)
-        assert relative_difference(branch.boxes(landmarks), expected) < 1e-6
+        difference = relative_difference(branch.boxes(landmarks), expected)
+        assert_within(difference, 1e-6, "boxes of landmarks, relative")
 
     def test_loss_of_a_perfect_prediction_is_zero_in_any_unit(self, recording, branch):
         generator = torch.Generator().manual_seed(0)
@@ -264,4 +265,4 @@ def test_order_in_a_mirrored_image_is_that_of_the_released_code(branch, key, mir
     points = points[:, branch.flip_indices(["keypoints_coco_2017_val"]), :2]
     points[..., 0] = recorded["img_hw"][1] - points[..., 0]
     expected = recorded[f"test.horizontal.{mirrored}"].unflatten(1, (-1, 2))
-    torch.testing.assert_close(points, expected, rtol=0, atol=1e-4)
+    compare(points, expected, 1e-4, f"order in a mirrored image, {branch.name}, pixels")

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from parity import Recorded, relative_difference
+from parity import Recorded, assert_within, relative_difference
 
 from lsnet_d2.modeling.losses import (
     box_penalty,
@@ -61,14 +61,17 @@ def recorded_case(kind):
 def test_value_and_gradient_are_those_of_the_released_code(kind):
     recorded, pred, _, loss_of = recorded_case(kind)
     loss = loss_of(pred)
-    assert relative_difference(loss, recorded["loss_elem"]) < 1e-5
+    name = f"cross-IOU loss, {kind}, relative"
+    assert_within(relative_difference(loss, recorded["loss_elem"]), 1e-5, name)
     (gradient,) = torch.autograd.grad(loss.sum(), pred, retain_graph=True)
-    assert relative_difference(gradient.flatten(1), recorded["grad_pred_sum"]) < 1e-4
+    difference = relative_difference(gradient.flatten(1), recorded["grad_pred_sum"])
+    assert_within(difference, 1e-4, f"its gradient, {kind}, relative")
 
     weighted = 2 * (loss * recorded["weight"]).sum() / 17
-    assert relative_difference(weighted, recorded["loss_weighted_w2_avg17"]) < 1e-5
+    assert_within(relative_difference(weighted, recorded["loss_weighted_w2_avg17"]), 1e-5, name)
     (gradient,) = torch.autograd.grad(weighted, pred)
-    assert relative_difference(gradient.flatten(1), recorded["grad_pred_weighted"]) < 1e-4
+    difference = relative_difference(gradient.flatten(1), recorded["grad_pred_weighted"])
+    assert_within(difference, 1e-4, f"its gradient, {kind}, relative")
 
 
 @pytest.mark.parametrize("kind", ["bbox", "polygon"])
@@ -132,9 +135,11 @@ def test_heat_map_loss_is_that_of_the_released_code():
     loss = gaussian_focal_loss(logits, recorded["target"].double())
     loss = 0.25 * (loss * recorded["weight"]).sum() / 15
     loss.backward()
-    assert relative_difference(loss, recorded["loss_w025_avg15"]) < 1e-6
+    difference = relative_difference(loss, recorded["loss_w025_avg15"])
+    assert_within(difference, 1e-6, "heat map loss, relative")
     by_score = logits.grad / (scores * (1 - scores))
-    assert relative_difference(by_score, recorded["grad"]) < 1e-6
+    difference = relative_difference(by_score, recorded["grad"])
+    assert_within(difference, 1e-6, "its gradient, heat map loss, relative")
 
 
 def test_heat_map_loss_is_finite_for_any_logit():

@@ -12,7 +12,7 @@ from detectron2.data.transforms import HFlipTransform, ResizeTransform, Transfor
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances, Keypoints
 from detectron2.utils.events import EventStorage
-from parity import DIRECTORY, Recorded, golden_weight, relative_difference
+from parity import DIRECTORY, Recorded, assert_within, golden_weight, relative_difference
 
 from lsnet_d2 import add_lsnet_config
 from lsnet_d2.checkpoint import convert_lsnet_checkpoint, released_names
@@ -161,14 +161,14 @@ def run_model(model, inputs, reference_offsets):
     return images, features, predictions, points
 
 
-def assert_map(actual, recorded, key, tolerance=1e-3):
+def assert_map(actual, recorded, key, quantity, model, tolerance=1e-3):
     """Compare a map (B, C, H, W) at the positions that were stored."""
     expected = recorded[key]
     assert list(actual.shape[-2:]) == recorded[f"{key}.hw"].tolist(), key
     if f"{key}.pos" in recorded:
         actual = actual.flatten(2)[:, :, recorded[f"{key}.pos"].long()]
     difference = (actual - expected).abs().max().item()
-    assert difference < tolerance, f"{key}: {difference}"
+    assert_within(difference, tolerance, quantity, model, key)
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -186,10 +186,11 @@ def test_inputs_and_features(backbone_case, run):
     pixels = images.tensor.flatten(2)
     assert relative_difference(pixels.mean(2), recorded_images["input_mean"]) < 1e-5
     assert relative_difference(pixels.std(2), recorded_images["input_std"]) < 1e-5
+    name = backbone_case.name
     for i in (2, 3, 4, 5):
-        assert_map(bottom_up[f"res{i}"], recorded, f"c{i}")
+        assert_map(bottom_up[f"res{i}"], recorded, f"c{i}", "backbone, c2 to c5", name)
     for level in LEVELS:
-        assert_map(features[f"p{level}"], recorded, f"p{level}")
+        assert_map(features[f"p{level}"], recorded, f"p{level}", "pyramid, p3 to p7", name)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -201,19 +202,23 @@ def test_head_outputs(case, run, variant):
     with torch.no_grad():
         _, _, predictions, _ = run_model(model, inputs, VARIANTS[variant])
     sizes = predictions.sizes
-    outputs = {f"{variant}.cls": unflatten_levels(predictions.logits, sizes)}
+    outputs = {("class logits", f"{variant}.cls"): unflatten_levels(predictions.logits, sizes)}
     for branch, init, refine in zip(
         model.branches, predictions.init, predictions.refine, strict=True
     ):
-        outputs[f"ref.{branch.name}_init"] = unflatten_levels(init.flatten(2), sizes)
-        outputs[f"{variant}.{branch.name}_refine"] = unflatten_levels(refine.flatten(2), sizes)
-    if predictions.corners is not None:
-        outputs["ref.hm_score"] = unflatten_levels(predictions.corners.heat, sizes)
-        outputs["ref.hm_offset"] = unflatten_levels(predictions.corners.offsets.flatten(2), sizes)
-        outputs["ref.sem_score"] = unflatten_levels(predictions.corners.semantic, sizes)
-    for key, levels in outputs.items():
+        for stage, vectors, prefix in (("init", init, "ref"), ("refine", refine, variant)):
+            key = f"{stage} vectors, cells", f"{prefix}.{branch.name}_{stage}"
+            outputs[key] = unflatten_levels(vectors.flatten(2), sizes)
+    if corners := predictions.corners:
+        for name, values in (
+            ("hm_score", corners.heat),
+            ("hm_offset", corners.offsets.flatten(2)),
+            ("sem_score", corners.semantic),
+        ):
+            outputs["corner maps", f"ref.{name}"] = unflatten_levels(values, sizes)
+    for (quantity, key), levels in outputs.items():
         for level, output in zip(LEVELS, levels, strict=True):
-            assert_map(output, recorded, f"{key}_{level}")
+            assert_map(output, recorded, f"{key}_{level}", quantity, case.name)
 
 
 @pytest.mark.parametrize("run", RUNS_WITH_EMPTY)
@@ -235,12 +240,14 @@ def test_assignments(case, run):
         ("init", "refine"), model.criterion.assign(points, predictions, targets, valid), strict=True
     ):
         for i in range(2):
-            assert relative_difference(boxes[i], recorded[f"refine_proposals_{i}"]) < 1e-5
+            difference = relative_difference(boxes[i], recorded[f"refine_proposals_{i}"])
+            assert_within(difference, 1e-5, "decoded boxes, relative", case.name)
             expected = recorded[f"assign_{stage}_{i}"].long()
             assert torch.equal(valid[i], expected >= 0), (stage, i)
             numbers = torch.cat([present[i] + 1, torch.zeros(1, dtype=torch.int64)])
             actual = numbers[assigned[i]].masked_fill(~valid[i], -1)  # -1, none, is the last
-            assert torch.equal(actual, expected), (stage, i)
+            mismatches = (actual != expected).sum().item()
+            assert_within(mismatches, 0, "assignments, mismatches", case.name, (stage, i))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -258,7 +265,12 @@ def test_losses(case, run, variant):
         assert expected.pop("loss_sem") == expected.pop("loss_total") == math.inf
         assert losses["loss_sem"] == 0
     for name, value in expected.items():
-        assert losses[name].item() == pytest.approx(value, rel=1e-4, abs=1e-7), name
+        difference = relative_to(losses[name].item(), value, floor=1e-3)
+        assert_within(difference, 1e-4, "losses, relative", case.name, name)
+
+
+def relative_to(actual, expected, floor):
+    return abs(actual - expected) / max(abs(expected), floor)
 
 
 # A sampling place on the border between two pixels may fall on either side by rounding, which moves
@@ -302,7 +314,8 @@ def test_gradients(case, run):
         expected = 0.0 if expected != expected else expected  # NaN: no gradient
         part, wider = GRADIENT_TOLERANCE.get((case.name, run), ("", 1e-3))
         tolerance = wider if part in name else 1e-3
-        assert norm == pytest.approx(expected, rel=tolerance, abs=1e-6 * largest), name
+        difference = relative_to(norm, expected, floor=1e-6 * largest / tolerance)
+        assert_within(difference, tolerance, "norms of gradients, relative", case.name, name)
     assert not ours
 
 
@@ -327,7 +340,7 @@ def test_detections(case, run, variant):
     for i, result in enumerate(results):
         expected = recorded.under(f"{variant}.det_{i}")
         field = model.branches[-1].pred_field
-        assert_detections(result, field, expected)
+        assert_detections(result, field, expected, case.name)
 
         # In original pixels: the released code divides by the scale factor and does not clip anew.
         width, height = (
@@ -337,27 +350,31 @@ def test_detections(case, run, variant):
         proper = Boxes(expected["boxes"]).nonempty()
         rescaled = rescale_instances(result, height, width, model.branches)
         keys = set(expected) & {"boxes", "scores", "labels", "landmarks"}
-        assert_detections(rescaled, field, {k: expected[k][proper] for k in keys})
+        of_proper = {k: expected[k][proper] for k in keys}
+        assert_detections(rescaled, field, of_proper, case.name)
         if "kept_area_gt_1024" in expected:
             rescaled = rescale_instances(result, height, width, model.branches, min_box_area=1024)
             kept = proper & expected["kept_area_gt_1024"]
-            assert_detections(rescaled, field, {k: expected[k][kept] for k in keys})
+            of_kept = {k: expected[k][kept] for k in keys}
+            assert_detections(rescaled, field, of_kept, case.name)
 
 
-def assert_detections(result, field, expected, exchanged=2):
+def assert_detections(result, field, expected, model, exchanged=2, quantity="detections"):
     """Detections agree one to one, but for a few that near-ties at the cut may exchange."""
-    assert len(result) == len(expected["boxes"])
+    assert len(result) == len(expected["boxes"]) > 5
     ours, theirs = result.pred_boxes.tensor, expected["boxes"]
     if "landmarks" in expected:  # corner verification reports boxes alone
         landmarks = result.get(field)[..., :2]
         ours = torch.cat([ours, landmarks.flatten(1)], dim=1)
         theirs = torch.cat([theirs, expected["landmarks"]], dim=1)
-    equal = (ours[:, None] - theirs).abs().amax(dim=2) < 0.01  # pixels
-    equal &= (result.scores[:, None] - expected["scores"]).abs() < 1e-4
-    equal &= result.pred_classes[:, None] == expected["labels"]
-    assert len(result) > 5
-    assert equal.any(dim=1).sum() >= len(result) - exchanged
-    assert equal.any(dim=0).sum() >= len(result) - exchanged
+    apart = (ours[:, None] - theirs).abs().amax(dim=2)
+    other = result.pred_classes[:, None] != expected["labels"]
+    other |= (result.scores[:, None] - expected["scores"]).abs() > 1e-4
+    apart = apart.masked_fill(other, math.inf)
+    for nearest in (apart.amin(dim=0), apart.amin(dim=1)):
+        same = nearest < 0.01
+        assert (~same).sum() <= exchanged
+        assert_within(nearest[same].max().item(), 0.01, f"{quantity}, pixels", model)
 
 
 class RecordedAugmentation:
@@ -397,7 +414,7 @@ def test_augmentation(case, monkeypatch):
     with torch.no_grad():
         found = [model([x], do_postprocess=False)[0] for x in mapper.inputs]
     for k, instances in enumerate(found):
-        assert_detections(instances, field, recorded.under(f"aug_det_{k}"), exchanged=0)
+        assert_detections(instances, field, recorded.under(f"aug_det_{k}"), case.name, exchanged=0)
 
     data_sets = ["keypoints_coco_2017_val"]
     tta = LSNetWithTTA(
@@ -419,4 +436,5 @@ def test_augmentation(case, monkeypatch):
     result = output["instances"]
     alone = counts[result.pred_classes] == 1
     assert not torch.isin(result.pred_classes[alone], recorded["labels"]).any()
-    assert_detections(result[~alone], field, recorded, exchanged=0)
+    quantity = "augmented and voted on"
+    assert_detections(result[~alone], field, recorded, case.name, exchanged=0, quantity=quantity)

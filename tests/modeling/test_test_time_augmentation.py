@@ -7,7 +7,7 @@ from detectron2.data.detection_utils import build_augmentation
 from detectron2.data.transforms import HFlipTransform, ResizeTransform, TransformList
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
-from parity import Recorded
+from parity import Recorded, assert_within, compare
 from tiny_model import make_input, tiny_cfg, tiny_model
 
 from lsnet_d2.errors import ConfigError
@@ -43,11 +43,11 @@ class TestVote:
         if prefix:  # boxes only
             detections["landmarks"] = detections["landmarks"][:, :0]
         boxes, landmarks, scores, _ = vote(**detections, iou_thresh=0.66, score_thresh=0.05)
-        torch.testing.assert_close(scores, recorded[f"{prefix}out_scores"], rtol=0, atol=1e-6)
-        torch.testing.assert_close(boxes, recorded[f"{prefix}out_boxes"], rtol=1e-6, atol=1e-3)
+        compare(scores, recorded[f"{prefix}out_scores"], 1e-6, "box voting, scores")
+        compare(boxes, recorded[f"{prefix}out_boxes"], 1e-3, "box voting, boxes in pixels")
         if not prefix:
             expected = recorded["out_vectors"]
-            torch.testing.assert_close(landmarks.flatten(1), expected, rtol=1e-6, atol=1e-3)
+            compare(landmarks.flatten(1), expected, 1e-3, "box voting, landmarks in pixels")
 
     def test_keeps_a_class_with_one_detection(self):
         """The released code drops it, which is what was recorded."""
@@ -113,7 +113,8 @@ class TestVote:
 def test_size_ranges_are_those_of_the_released_code(bounds):
     recorded = Recorded("comp_vote.npz", "remove.")
     kept = torch.nonzero(boxes_in_range(Boxes(recorded["boxes"]), *bounds)).squeeze(1)
-    assert kept.tolist() == recorded[f"keep_{bounds[0]}_{bounds[1]}"].tolist()
+    others = set(kept.tolist()) ^ set(recorded[f"keep_{bounds[0]}_{bounds[1]}"].tolist())
+    assert_within(len(others), 0, "size ranges")
 
 
 def test_inverted_boxes_are_in_no_range():
@@ -150,10 +151,10 @@ def test_mapping_back_is_that_of_the_released_code(task, branch, key, flip):
     result = map_back(instances, TransformList(transforms), size, [branch], [indices])
     limit = torch.tensor(size[::-1])
     boxes = expected["boxes"].view(-1, 2, 2).clamp(min=0).minimum(limit).flatten(1)
-    torch.testing.assert_close(result.pred_boxes.tensor, boxes, rtol=0, atol=1e-3)
+    compare(result.pred_boxes.tensor, boxes, 1e-3, "mapping back, pixels")
     vectors = expected["vectors"].unflatten(1, (-1, 2)).clamp(min=0).minimum(limit)
     actual = result.get(branch.pred_field)[..., :2]
-    torch.testing.assert_close(actual, vectors, rtol=0, atol=1e-3)
+    compare(actual, vectors, 1e-3, "mapping back, pixels")
     assert torch.equal(instances.get(branch.pred_field), points)  # not written into
 
 
