@@ -1,4 +1,4 @@
-# make setup | demo | test | lint | format | clean
+# make setup | demo | test | bench | lint | format | clean
 #
 #   make setup                                the environment, in .venv
 #   make setup DETECTRON2=<path|URL|requirement>   with another Detectron2; DETECTRON2=default goes back
@@ -8,6 +8,7 @@
 #                                             joint_long, the only one of half an hour
 #   make test ARGS="tests/layers -x"          pytest with further arguments
 #   make test PYTHON=python                   in an environment of your own instead of .venv
+#   make bench ARGS="--threads 2"             speed and memory beside other models, in output/bench
 
 VENV_PYTHON := .venv/bin/python
 PYTHON ?= $(VENV_PYTHON)
@@ -23,7 +24,7 @@ DEMO_OUTPUT := output/demo$(if $(filter-out bbox,$(TASK)),_$(TASK))
 ENV := $(if $(filter $(VENV_PYTHON),$(PYTHON)),environment)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup environment demo test lint format clean
+.PHONY: help setup environment demo test bench lint format clean
 
 help:
 	@sed -n '3,/^$$/s/^#   //p' Makefile
@@ -42,6 +43,9 @@ demo: $(ENV)
 
 test: $(ENV)
 	$(PYTHON) -m pytest -q $(ARGS)
+
+bench: $(ENV)
+	$(PYTHON) tools/benchmark.py $(ARGS)
 
 lint: $(ENV)
 	$(PYTHON) -m ruff check .

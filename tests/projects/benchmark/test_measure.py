@@ -1,0 +1,176 @@
+import argparse
+import time
+
+import numpy as np
+import pytest
+import torch
+from benchmark_project import detectors, inputs, measure
+from detectron2.structures import BoxMode
+from pycocotools import mask as mask_util
+from tiny_coco import write_config
+from tiny_model import tiny_model
+from torch import nn
+
+from lsnet_d2.data.polygons import polygons_to_rle
+
+
+@pytest.fixture
+def settings(tmp_path):
+    write_config(tmp_path, "LSNet")
+    config = tmp_path / "fixed.yaml"
+    config.write_text('_BASE_: "tiny.yaml"\nMODEL: {RESNETS: {NORM: "FixedBN"}}\n')
+    return argparse.Namespace(
+        config_file=str(config),
+        repeats=1,
+        size=[64, 96],
+        batch=2,
+        train_size=[64, 64],
+        train_batch=2,
+    )
+
+
+class TestDetectors:
+    def test_as_many_candidates_as_asked_for(self, settings, monkeypatch):
+        monkeypatch.setattr(detectors, "CANDIDATES", 50)
+        (image,) = inputs.model_inputs(1, *settings.size)
+        model = detectors.build("lsnet", settings.config_file, image)
+        with torch.no_grad():
+            images = model.preprocess_image([image])
+            features = model.backbone(images.tensor)
+            logits = model.head([features[name] for name in model.head_in_features]).logits
+        assert (logits.sigmoid() > model.test_score_thresh).sum() == 50
+
+    def test_landmarks_lie_around_their_points(self):
+        model = tiny_model()
+        detectors.scatter(model)
+        (layers,) = model.head.branches.values()
+        bias = layers.init_out.bias[: layers.vector_channels].unflatten(0, (-1, 4))
+        # up, down, left, right of the top, left, bottom and right extreme point
+        assert [row.argmax().item() for row in bias[:4]] == [0, 2, 1, 3]
+
+    def test_no_more_detections_than_asked_for(self, settings, monkeypatch):
+        monkeypatch.setattr(detectors, "DETECTIONS", 3)
+        assert measure.inference("lsnet", settings)["detections"] == 3
+
+    def test_statistics_are_those_of_the_image(self, settings):
+        (image,) = inputs.model_inputs(1, *settings.size)
+        model = detectors.build("lsnet", settings.config_file, image)
+        outputs = []
+        norm = model.backbone.bottom_up.stem.conv1.norm
+        norm.register_forward_hook(lambda _module, _inputs, output: outputs.append(output.clone()))
+        with torch.no_grad():
+            model([image])
+        assert outputs[0].mean().abs() < 1e-3
+        assert abs(outputs[0].std().item() - 1) < 1e-2
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("name", ["retinanet", "fcos", "mask_rcnn", "keypoint_rcnn"])
+    def test_detectron2s_models_train_and_detect(self, name, settings):
+        assert measure.inference(name, settings)["detections"] > 0
+        assert measure.training(name, settings)["train_step"] > 0
+
+
+class TestInference:
+    @pytest.mark.parametrize("name", ["lsnet", "lsnet_conv_tower", "straight_port"])
+    def test_figures(self, name, settings):
+        result = measure.inference(name, settings)
+        assert result["inference"] > 0
+        assert result["images_per_second"] > 0
+        assert result["detections"] > 0
+        stages = result["stages"]
+        assert list(stages) == [
+            *("backbone", "towers", "init", "sampling", "prediction", "postprocessing")
+        ]
+        assert min(stages.values()) > 0
+
+    def test_stages_are_where_the_time_goes(self, monkeypatch):
+        model = tiny_model().eval()
+        slow = {
+            "towers": model.head.cls_tower,
+            "init": model.head.branches["bbox"].init_out,
+            "sampling": model.head.cls_predictor.sample,
+            "prediction": model.head.cls_predictor.out,
+            "backbone": model.backbone,
+        }
+        images = inputs.model_inputs(1, 64, 64)
+        for stage, module in slow.items():
+            with torch.no_grad():
+                before = measure.stages(model, images)
+                forward = module.forward
+                monkeypatch.setattr(module, "forward", lambda *x, f=forward: (nap(), f(*x))[1])
+                after = measure.stages(model, images)
+            monkeypatch.undo()
+            gains = {name: after[name] - before[name] for name in after}
+            assert max(gains, key=gains.get) == stage
+            assert gains[stage] > 0.2
+
+
+def nap():
+    time.sleep(0.3)
+
+
+class TestTraining:
+    def test_figures(self, settings):
+        result = measure.training("lsnet", settings)
+        assert result["train_step"] > 0
+        assert result["train_memory"] > 1e6
+
+    def test_a_loss_that_is_no_number_is_an_error(self, settings, monkeypatch):
+        class Broken(nn.Linear):
+            def forward(self, _):
+                return {"loss": self.weight.sum() * float("nan")}
+
+        monkeypatch.setattr(measure, "build", lambda *_: Broken(1, 1))
+        with pytest.raises(FloatingPointError, match="the loss is nan"):
+            measure.training("lsnet", settings)
+
+    def test_peak_memory(self):
+        measure.reset_peak_memory()
+        before = measure.memory("VmRSS")
+        block = np.ones(100 << 20, dtype=np.uint8)
+        del block
+        assert 90 << 20 < measure.memory("VmHWM") - before < 120 << 20
+        assert measure.memory("VmRSS") - before < 20 << 20
+
+
+class TestData:
+    def test_figures(self, settings, monkeypatch):
+        monkeypatch.setattr(measure, "MAPPED_IMAGES", 1)
+        figures = measure.data("data", settings)
+        assert list(figures) == ["rle", "bitmaps", "mask_mapper", "mapper_bbox", "mapper_segm"]
+        assert min(figures.values()) > 0
+
+    def test_both_ways_to_rles_give_the_same_masks(self):
+        contours = inputs.ellipses(np.random.default_rng(0), 20, 480, 640)
+        ours = polygons_to_rle(contours, 480, 640)
+        drawn = measure.bitmaps_to_rle(contours, 480, 640)
+        # OpenCV draws the outline, too
+        ious = [mask_util.iou([a], [b], [0]).item() for a, b in zip(ours, drawn, strict=True)]
+        assert min(ious) > 0.8
+        assert all(isinstance(rle["counts"], str) for rle in drawn)
+
+
+class TestInputs:
+    def test_objects_lie_in_the_image(self):
+        first, second = inputs.model_inputs(2, 96, 128)
+        for image in (first, second):
+            instances = image["instances"]
+            assert image["image"].shape == (3, 96, 128)
+            assert len(instances) == inputs.OBJECTS
+            boxes = instances.gt_boxes.tensor
+            assert (boxes[:, 2:] - boxes[:, :2]).min() > 15
+            assert boxes.min() >= 0
+            assert (boxes.amax(dim=0)[2:] <= torch.tensor([128, 96])).all()
+            # top, left, bottom and right lie on the sides of the box
+            points = instances.gt_extreme_points
+            sides = torch.stack([points[:, i, 1 - i % 2] for i in range(4)], dim=1)
+            torch.testing.assert_close(sides, boxes[:, [1, 0, 3, 2]])
+        assert (first["image"] != second["image"]).any()
+
+    def test_files(self, tmp_path):
+        (record,) = inputs.dataset_dicts(tmp_path, 1, 48, 64)
+        assert (record["height"], record["width"]) == (48, 64)
+        for annotation in record["annotations"]:
+            assert annotation["bbox_mode"] == BoxMode.XYXY_ABS
+            contour = np.reshape(annotation["segmentation"], (-1, 2))
+            assert annotation["bbox"] == [*contour.min(axis=0), *contour.max(axis=0)]
