@@ -406,6 +406,8 @@ class RecordedAugmentation:
 
 def test_augmentation(case, monkeypatch):
     """Two scales and their mirror images, each as it is and put together."""
+    if "101" in case.name:
+        pytest.skip("augmentation was recorded with the models of 50 layers")
     model = case.model.eval()
     model.head.reference_offsets = True
     recorded = Recorded(f"tta_{case.name}.npz")
