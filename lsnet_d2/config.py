@@ -95,8 +95,7 @@ def add_lsnet_config(cfg: CN) -> None:
     # area in pixels of the resized image. Empty: all count in all.
     cfg.TEST.AUG.SIZE_RANGES = []
     # How detections of the augmented images are put together: "vote" takes the weighted mean of
-    # those that overlap, as in the released code; "vote_boxes" that of their boxes, and the
-    # landmarks of the best, as contours need that are sampled adaptively; "nms" the best one.
+    # those that overlap, as in the released code, "nms" the best one.
     cfg.TEST.AUG.METHOD = "vote"
     # IOU from which on boxes vote together.
     cfg.TEST.AUG.VOTE_IOU = 0.66

@@ -83,7 +83,7 @@ def options(settings):
             "RetinaNet; only LSNet",
         ),
         (AUGMENTED, "TEST.AUG.MIN_SIZES", "()", "one or more"),
-        (AUGMENTED, "TEST.AUG.METHOD", "mean", "vote, vote_boxes, nms"),
+        (AUGMENTED, "TEST.AUG.METHOD", "mean", "vote, nms"),
         (AUGMENTED, "TEST.AUG.VOTE_IOU", "0.0", "over 0"),
         (LSNET, "MODEL.LSNET.NUM_CLASSES", "0", "1 or more"),
         (LSNET, "MODEL.BACKBONE.NAME", "build_lsnet_fpn_backbone", "did you mean .*build_lsnet"),

@@ -26,7 +26,7 @@ from .postprocessing import make_instances, rescale_instances
 
 __all__ = ["LSNetDatasetMapperTTA", "LSNetWithTTA", "keep_image_sizes"]
 
-MERGE_METHODS = ("vote", "vote_boxes", "nms")
+MERGE_METHODS = ("vote", "nms")
 
 
 def keep_image_sizes(cfg: CfgNode) -> CfgNode:
@@ -152,8 +152,7 @@ class LSNetWithTTA(nn.Module):
             model: an :class:`LSNet`, or one in ``DistributedDataParallel``.
             tta_mapper: from an input to its augmented versions, as :class:`LSNetDatasetMapperTTA`.
             flip_indices: of each branch; see :meth:`LandmarkBranch.flip_indices`.
-            method: "vote" or "vote_boxes" (see :func:`vote`: landmarks too, or not), or "nms",
-                which keeps the best of what overlaps.
+            method: "vote" (see :func:`vote`), or "nms", which keeps the best of what overlaps.
             vote_iou: of a box with the best one, from which on they vote together.
             max_detections_per_image: after merging. Before, the model has its own.
             batch_size: augmented images, all of one size, that are run at once.
@@ -236,12 +235,9 @@ class LSNetWithTTA(nn.Module):
             instances.scores,
             instances.pred_classes,
         )
-        if self.method != "nms":
+        if self.method == "vote":
             detections = vote(
-                *detections,
-                iou_thresh=self.vote_iou,
-                score_thresh=self.model.test_score_thresh,
-                landmarks_vote=self.method == "vote",
+                *detections, iou_thresh=self.vote_iou, score_thresh=self.model.test_score_thresh
             )
         else:
             boxes, _, scores, classes = detections
@@ -299,7 +295,6 @@ def vote(
     *,
     iou_thresh: float,
     score_thresh: float,
-    landmarks_vote: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Mean boxes and landmarks of the detections that overlap.
 
@@ -314,9 +309,6 @@ def vote(
         scores: (N,), positive.
         classes: (N,).
         iou_thresh: boxes with this IOU overlap.
-        landmarks_vote: take the mean of the landmarks as well. Otherwise those of the best follow
-            from its box into the mean box. This is for landmarks that do not correspond: where the
-            contour of an object with holes or several parts is joined depends on its direction.
 
     Returns:
         The same four of the merged detections, at most N, best first.
@@ -336,8 +328,6 @@ def vote(
     sums = weights.new_zeros(len(leaders), *places.shape[1:]).index_add_(0, group, weights * places)
     totals = weights.new_zeros(len(leaders), 1, 1).index_add_(0, group, weights)
     means = (sums / totals).to(places)
-    if not landmarks_vote:
-        means[:, 2:] = move_with_boxes(landmarks[leaders], boxes[leaders], means[:, :2].flatten(1))
 
     members = torch.arange(len(boxes), device=boxes.device)
     lowered = scores * (1 - overlaps[leader, members])
@@ -349,15 +339,3 @@ def vote(
     order = scores.argsort(descending=True, stable=True)
     boxes, landmarks = places[:, :2].flatten(1), places[:, 2:]
     return boxes[order], landmarks[order], scores[order], classes[order]
-
-
-def move_with_boxes(points: Tensor, boxes: Tensor, moved: Tensor) -> Tensor:
-    """Points (N, V, 2) at the same place in boxes ``moved`` (N, 4) as they had in ``boxes``; along
-    a side without length they are shifted only."""
-    low, high = boxes[:, None].split(2, dim=2)
-    new_low, new_high = moved[:, None].split(2, dim=2)
-    size = high - low
-    scale = torch.where(
-        size > 0, (new_high - new_low) / size.clamp(min=1e-6), torch.ones_like(size)
-    )
-    return new_low + (points - low) * scale

@@ -19,7 +19,6 @@ from lsnet_d2.modeling.test_time_augmentation import (
     boxes_in_range,
     keep_image_sizes,
     map_back,
-    move_with_boxes,
     vote,
 )
 
@@ -63,22 +62,6 @@ class TestVote:
         boxes, landmarks, scores, classes = vote(**detections, iou_thresh=0.66, score_thresh=0.05)
         assert boxes.shape == (0, 4) and landmarks.shape == (0, 4, 2)
         assert scores.shape == classes.shape == (0,)
-
-    def test_landmarks_that_do_not_vote_follow_the_box_of_the_best(self):
-        boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 8], [50, 50, 60, 60]])
-        landmarks = torch.tensor([[[5.0, 10]], [[1, 1]], [[52, 53]]])
-        merged, moved, _, _ = vote(
-            boxes,
-            landmarks,
-            torch.tensor([0.6, 0.3, 0.2]),
-            torch.tensor([1, 1, 1]),
-            iou_thresh=0.66,
-            score_thresh=0.1,
-            landmarks_vote=False,
-        )
-        assert merged[0].tolist() == pytest.approx([0, 0, 10, 28 / 3])
-        assert moved[0, 0].tolist() == pytest.approx([5, 28 / 3])
-        assert torch.equal(merged[1], boxes[2]) and torch.equal(moved[1], landmarks[2])
 
     def test_by_hand(self):
         boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 8], [0, 0, 10, 10], [50, 50, 60, 60]])
@@ -328,7 +311,7 @@ def test_images_are_resized_once():
         ("SIZE_RANGES", [[0, 10]], "has 1 ranges; it must have one for each of the 9 TEST.AUG.MIN"),
         ("SIZE_RANGES", [[0, 10]] * 8 + [[10, 0]], r"has \[10, 0\]; a range is two numbers"),
         ("SIZE_RANGES", [0, 10] * 4 + [3], "has 0; a range is two numbers"),
-        ("METHOD", "mean", "is 'mean'; it must be one of vote, vote_boxes, nms"),
+        ("METHOD", "mean", "is 'mean'; it must be one of vote, nms"),
         ("VOTE_IOU", 1.5, "is 1.5; it must be over 0"),
     ],
 )
@@ -355,10 +338,3 @@ def test_other_models_and_training_are_refused(joint):
     assert not tta.training
     with pytest.raises(AssertionError, match="eval"):
         tta.train()([make_input([], [])])
-
-
-def test_points_move_with_their_boxes():
-    points = torch.tensor([[[10.0, 20.0], [15.0, 30.0]], [[4.0, 5.0], [4.0, 9.0]]])
-    boxes = torch.tensor([[10.0, 20, 20, 40], [4, 5, 4, 9]])
-    moved = move_with_boxes(points, boxes, torch.tensor([[0.0, 0, 20, 10], [6, 5, 8, 7]]))
-    assert moved.tolist() == [[[0, 0], [10, 5]], [[6, 5], [6, 7]]]
