@@ -25,7 +25,7 @@ def test_values_and_gradients_are_those_of_the_released_code(side):
     pooled = corner_pool(features, side)
     compare(pooled, recorded["out"], 0, "corner pooling")
     pooled.backward(recorded["grad_out"])
-    compare(features.grad, recorded["grad_in"], 1e-6, "its gradient, corner pooling")
+    compare(features.grad, recorded["grad_in"], 1e-6, "corner pooling, gradient")
 
 
 @given(maps)

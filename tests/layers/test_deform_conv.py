@@ -171,7 +171,7 @@ def test_value_and_gradients_are_those_of_the_released_code(number):
     gradients = torch.autograd.grad(out, inputs, recorded["grad_output"])
     for name, gradient in zip(names, gradients, strict=True):
         difference = relative_difference(gradient, recorded[f"grad_{name}"])
-        assert_within(difference, 1e-5, "its gradients, pyramid convolution, relative", detail=name)
+        assert_within(difference, 1e-5, "pyramid convolution, gradients, relative", detail=name)
 
 
 class TestSelection:

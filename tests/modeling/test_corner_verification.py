@@ -149,7 +149,7 @@ def test_semantic_loss_is_that_of_the_released_code():
     difference = relative_difference(loss, recorded["loss_w01"])
     assert_within(difference, 1e-6, "semantic loss, relative")
     difference = relative_difference(logits.grad, recorded["grad"])
-    assert_within(difference, 1e-5, "its gradient, semantic loss, relative")
+    assert_within(difference, 1e-5, "semantic loss, gradient, relative")
     # There the released code has 1 / 0.
     assert recorded["loss_no_positive"] == torch.inf
     assert criterion.semantic_loss(logits, torch.zeros_like(weights), everywhere) == 0

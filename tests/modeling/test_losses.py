@@ -65,13 +65,13 @@ def test_value_and_gradient_are_those_of_the_released_code(kind):
     assert_within(relative_difference(loss, recorded["loss_elem"]), 1e-5, name)
     (gradient,) = torch.autograd.grad(loss.sum(), pred, retain_graph=True)
     difference = relative_difference(gradient.flatten(1), recorded["grad_pred_sum"])
-    assert_within(difference, 1e-4, f"its gradient, {kind}, relative")
+    assert_within(difference, 1e-4, f"cross-IOU loss, {kind}, gradient, relative")
 
     weighted = 2 * (loss * recorded["weight"]).sum() / 17
     assert_within(relative_difference(weighted, recorded["loss_weighted_w2_avg17"]), 1e-5, name)
     (gradient,) = torch.autograd.grad(weighted, pred)
     difference = relative_difference(gradient.flatten(1), recorded["grad_pred_weighted"])
-    assert_within(difference, 1e-4, f"its gradient, {kind}, relative")
+    assert_within(difference, 1e-4, f"cross-IOU loss, {kind}, gradient, relative")
 
 
 @pytest.mark.parametrize("kind", ["bbox", "polygon"])
@@ -139,7 +139,7 @@ def test_heat_map_loss_is_that_of_the_released_code():
     assert_within(difference, 1e-6, "heat map loss, relative")
     by_score = logits.grad / (scores * (1 - scores))
     difference = relative_difference(by_score, recorded["grad"])
-    assert_within(difference, 1e-6, "its gradient, heat map loss, relative")
+    assert_within(difference, 1e-6, "heat map loss, gradient, relative")
 
 
 def test_heat_map_loss_is_finite_for_any_logit():
