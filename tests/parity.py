@@ -17,6 +17,17 @@ sys.path.insert(0, str(DIRECTORY))
 
 from golden_weight import golden_weight  # noqa: E402, F401
 
+# The shipped config of each recorded model
+CONFIG_FILES = {
+    "bbox_r50": "bbox/lsnet_R_50_FPN_1x.yaml",
+    "segm_r50": "segm/lsnet_R_50_FPN_1x.yaml",
+    "pose_bbox_r50": "pose/lsnet_bbox_R_50_FPN_1x.yaml",
+    "pose_kbox_r50": "pose/lsnet_kbox_R_50_FPN_1x.yaml",
+    "bbox_cpv_r50": "bbox/lsnet_cpv_R_50_FPN_1x.yaml",
+    "bbox_x101_dcn": "bbox/lsnet_X_101_64x4d_DCN_FPN_ms_2x.yaml",
+    "bbox_cpv_r2101_dcn": "bbox/lsnet_cpv_R2_101_DCN_FPN_ms_2x.yaml",
+}
+
 
 class Recorded:
     """Arrays of one file as tensors, optionally under a common prefix of their keys."""

@@ -12,7 +12,14 @@ from detectron2.data.transforms import HFlipTransform, ResizeTransform, Transfor
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances, Keypoints
 from detectron2.utils.events import EventStorage
-from parity import DIRECTORY, Recorded, assert_within, golden_weight, relative_difference
+from parity import (
+    CONFIG_FILES,
+    DIRECTORY,
+    Recorded,
+    assert_within,
+    golden_weight,
+    relative_difference,
+)
 
 from lsnet_d2 import add_lsnet_config
 from lsnet_d2.checkpoint import convert_lsnet_checkpoint, released_names
@@ -51,16 +58,6 @@ class Case:
         return read_inputs(self.name, run)
 
 
-# The shipped config of each recorded model
-CONFIG_FILES = {
-    "bbox_r50": "bbox/lsnet_R_50_FPN_1x.yaml",
-    "segm_r50": "segm/lsnet_R_50_FPN_1x.yaml",
-    "pose_bbox_r50": "pose/lsnet_bbox_R_50_FPN_1x.yaml",
-    "pose_kbox_r50": "pose/lsnet_kbox_R_50_FPN_1x.yaml",
-    "bbox_cpv_r50": "bbox/lsnet_cpv_R_50_FPN_1x.yaml",
-    "bbox_x101_dcn": "bbox/lsnet_X_101_64x4d_DCN_FPN_ms_2x.yaml",
-    "bbox_cpv_r2101_dcn": "bbox/lsnet_cpv_R2_101_DCN_FPN_ms_2x.yaml",
-}
 # Features are recorded once for each backbone.
 BACKBONES = ["bbox_r50", "bbox_x101_dcn", "bbox_cpv_r2101_dcn"]
 

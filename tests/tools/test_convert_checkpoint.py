@@ -7,26 +7,16 @@ import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
-from parity import DIRECTORY, golden_weight
+from parity import CONFIG_FILES, DIRECTORY, golden_weight
 from tiny_coco import ROOT, run_tool, run_tool_here
 
 from lsnet_d2.checkpoint import convert_lsnet_checkpoint
 from lsnet_d2.checkpointer import LSNetCheckpointer
 from lsnet_d2.config_file import load_config
 
-CONFIGS = {
-    "bbox_r50": "bbox/lsnet_R_50_FPN_1x.yaml",
-    "segm_r50": "segm/lsnet_R_50_FPN_1x.yaml",
-    "pose_bbox_r50": "pose/lsnet_bbox_R_50_FPN_1x.yaml",
-    "pose_kbox_r50": "pose/lsnet_kbox_R_50_FPN_1x.yaml",
-    "bbox_cpv_r50": "bbox/lsnet_cpv_R_50_FPN_1x.yaml",
-    "bbox_x101_dcn": "bbox/lsnet_X_101_64x4d_DCN_FPN_ms_2x.yaml",
-    "bbox_cpv_r2101_dcn": "bbox/lsnet_cpv_R2_101_DCN_FPN_ms_2x.yaml",
-}
-
 
 def config_file(case):
-    return str(ROOT / "configs" / CONFIGS[case])
+    return str(ROOT / "configs" / CONFIG_FILES[case])
 
 
 def released(case, make=golden_weight):
@@ -50,7 +40,7 @@ def save(path, weights):
     return path
 
 
-@pytest.mark.parametrize("case", CONFIGS)
+@pytest.mark.parametrize("case", CONFIG_FILES)
 def test_all_tasks(tmp_path, monkeypatch, capsys, case):
     weights = released(case, constants)
     source, target = save(tmp_path / "released.pth", weights), tmp_path / "ours.pth"
