@@ -2,10 +2,14 @@ import sys
 from pathlib import Path
 
 import hypothesis
+import pytest
 import torch
 
 # Helpers shared by tests are imported by their file names.
 sys.path.insert(0, str(Path(__file__).parent))
+
+from parity import Parity
+from parity_report import ParityReport
 
 # The same examples in every run; a slow shared machine is no failure.
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)
@@ -18,19 +22,21 @@ torch.set_num_threads(1)
 def pytest_addoption(parser):
     parser.addoption(
         "--parity-report",
-        type=Path,
-        metavar="PAGE.md",
-        help="write the largest differences from the released code into the page",
+        action="store_true",
+        help="run all comparisons with the released code and tabulate them in docs/parity.md",
     )
 
 
-def pytest_terminal_summary(terminalreporter, exitstatus, config):
-    page = config.option.parity_report
-    if page is None:
-        return
-    if exitstatus != 0 or config.option.keyword or config.option.markexpr:
-        terminalreporter.write_line(f"{page} is left: it takes all tests, and that all pass")
-        return
-    from parity import write_report
+def pytest_configure(config):
+    if config.getoption("--parity-report"):
+        page = config.rootpath / "docs" / "parity.md"
+        config.pluginmanager.register(ParityReport(page), "parity-report")
 
-    write_report(page)
+
+@pytest.fixture
+def parity(request):
+    """Comparisons with the released code, in the report if there is one."""
+    report = request.config.pluginmanager.get_plugin("parity-report")
+    findings = report.findings if report else []
+    file, line, _ = request.node.location
+    return Parity(findings.append, Path(file).as_posix(), line)

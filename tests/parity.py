@@ -1,10 +1,11 @@
 """Numbers recorded from the released code; `data/parity/README.md` says what they are.
 
-Comparisons with them go through :func:`assert_within` and :func:`compare`, which note the largest
-difference of each quantity. `pytest --parity-report docs/parity.md` writes them into that page.
+Tests compare with them through the fixture `parity`, so that `pytest --parity-report` can say how
+close they are.
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -57,38 +58,6 @@ def _load(file: str) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
-@dataclass
-class Noted:
-    """What was found for one quantity of one model; of a component, the model is ""."""
-
-    difference: float
-    tolerance: float
-
-
-# By quantity and model, in the order of the tests.
-NOTED: dict[str, dict[str, Noted]] = {}
-
-
-def assert_within(
-    difference: float, tolerance: float, quantity: str, model: str = "", detail: str = ""
-) -> None:
-    """Assert that a difference from the released code is at most the tolerance, and note it."""
-    noted = NOTED.setdefault(quantity, {}).setdefault(model, Noted(0.0, tolerance))
-    noted.difference = max(noted.difference, difference)
-    noted.tolerance = max(noted.tolerance, tolerance)
-    assert difference <= tolerance, f"{quantity} {model} {detail}: {difference} > {tolerance}"
-
-
-def compare(
-    actual: torch.Tensor, expected: torch.Tensor, tolerance: float, quantity: str, model: str = ""
-) -> None:
-    """Assert that no value differs by more than the tolerance; 0: all are equal."""
-    actual, expected = (torch.as_tensor(x).detach().double() for x in (actual, expected))
-    assert actual.shape == expected.shape, (quantity, actual.shape, expected.shape)
-    largest = (actual - expected).abs().max().item() if actual.numel() else 0.0
-    assert_within(largest, tolerance, quantity, model)
-
-
 def relative_difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest absolute difference, relative to the largest absolute expected value."""
     actual, expected = actual.detach().double(), expected.double()
@@ -99,38 +68,72 @@ def relative_difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return ((actual - expected).abs().max() / scale).item()
 
 
-def write_report(page: Path) -> None:
-    """Write the noted differences into a page: between the lines `<!-- models -->` and
-    `<!-- /models -->` one column for each model, between those of `components` a row each.
+@dataclass
+class Finding:
+    """The largest difference of one comparison.
 
-    Raises:
-        ValueError: the page lacks such lines.
+    `case` names the model, or is None for a component; `file` and `line` are those of the test.
     """
-    models = dict.fromkeys(model for row in NOTED.values() for model in row if model)
-    tables = {
-        "models": [
-            f"| | tolerance | {' | '.join(models)} |",
-            f"| --- | --- |{' --- |' * len(models)}",
-        ],
-        "components": ["| | tolerance | largest difference |", "| --- | --- | --- |"],
-    }
-    for quantity, row in NOTED.items():
-        tolerance = _figure(min(noted.tolerance for noted in row.values()))
-        if "" in row:
-            cells = [quantity, tolerance, _figure(row[""].difference)]
-            tables["components"].append(f"| {' | '.join(cells)} |")
-        else:
-            cells = [_figure(row[model].difference) if model in row else "" for model in models]
-            tables["models"].append(f"| {' | '.join([quantity, tolerance, *cells])} |")
-    text = page.read_text(encoding="utf-8")
-    for name, lines in tables.items():
-        before, start, rest = text.partition(f"<!-- {name} -->\n")
-        _, end, after = rest.partition(f"<!-- /{name} -->")
-        if not end:
-            raise ValueError(f"{page} has no lines <!-- {name} --> and <!-- /{name} -->")
-        text = "".join([before, start, "\n", "\n".join(lines), "\n\n", end, after])
-    page.write_text(text, encoding="utf-8")
+
+    quantity: str
+    unit: str
+    within: float
+    difference: float
+    numbers: int
+    case: str | None
+    file: str
+    line: int
 
 
-def _figure(value: float) -> str:
-    return f"{value:.1e}".replace("e-0", "e-") if value else "exact"
+@dataclass
+class Parity:
+    """Comparisons of one test with recorded numbers, each asserted and noted for the report.
+
+    A comparison takes tensors, arrays, lists or numbers of one shape. `quantity` is the row of the
+    report, `about` says more if the comparison fails.
+    """
+
+    note: Callable[[Finding], None]
+    file: str
+    line: int
+    case: str | None = None
+
+    def equal(self, quantity, actual, expected, about="") -> None:
+        """Each entry is that of the recording."""
+        actual, expected = _arrays(actual, expected)
+        self.check(quantity, (actual != expected).sum(), 0, expected.size, "that differ", about)
+
+    def absolute(self, quantity, actual, expected, within, unit="absolute", about="") -> None:
+        """The largest difference."""
+        actual, expected = _arrays(actual, expected)
+        difference = np.abs(actual - expected).max(initial=0)
+        self.check(quantity, difference, within, expected.size, unit, about)
+
+    def relative(self, quantity, actual, expected, within, least=1e-300, about="") -> None:
+        """The largest difference relative to its own value, or to `least` for smaller values."""
+        actual, expected = _arrays(actual, expected)
+        difference = np.abs(actual - expected) / np.abs(expected).clip(least)
+        self.check(
+            quantity, difference.max(initial=0), within, expected.size, "of the value", about
+        )
+
+    def to_largest(self, quantity, actual, expected, within, about="") -> None:
+        """The largest difference relative to the largest value."""
+        assert actual.shape == expected.shape, (quantity, actual.shape, expected.shape)
+        difference = relative_difference(actual, expected)
+        self.check(quantity, difference, within, expected.numel(), "of the largest", about)
+
+    def check(self, quantity, difference, within, numbers, unit, about="") -> None:
+        """A difference found elsewhere, in any unit, among so many numbers."""
+        difference = float(difference)
+        what = f"{quantity} ({about})" if about else quantity
+        assert difference <= within, f"{what}: {difference} {unit}, limit {within}"
+        found = quantity, unit, within, difference, numbers
+        self.note(Finding(*found, self.case, self.file, self.line))
+
+
+def _arrays(*values) -> list[np.ndarray]:
+    """In double precision where they are numbers."""
+    arrays = [v.detach().numpy() if isinstance(v, torch.Tensor) else np.asarray(v) for v in values]
+    assert len({a.shape for a in arrays}) == 1, [a.shape for a in arrays]
+    return [a.astype(np.float64) if a.dtype.kind == "f" else a for a in arrays]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from parity import Recorded, compare
+from parity import Recorded
 from pycocotools import mask as mask_util
 
 from lsnet_d2.data.contours import (
@@ -93,15 +93,16 @@ def iou(outline, polygons):
     return (canvases[0] & canvases[1]).sum() / (canvases[0] | canvases[1]).sum()
 
 
-def test_spreads_points_as_released_code():
+def test_spreads_points_as_released_code(parity):
     polygons, recorded = recorded_objects()
     assert not recorded["edge_length_tie"].any()
     ours = np.stack([spread_over_edges(parts[0], 360) for parts in polygons])
-    compare(ours, recorded["uniform360_first_part"], 1e-9, "points along a contour, pixels")
+    expected = recorded["uniform360_first_part"]
+    parity.absolute("outlines of 360 points", ours, expected, within=1e-9, unit="px")
     assert max(len(parts[0]) for parts in polygons) > 360  # the rule for many vertices too
 
 
-def test_contours_of_all_parts_equal_released_code():
+def test_contours_of_all_parts_equal_released_code(parity):
     polygons, recorded = recorded_objects()
     expected = recorded["unified"].numpy().reshape(-1, 36, 2)
     owner = recorded["unified_inst"].numpy()
@@ -109,12 +110,13 @@ def test_contours_of_all_parts_equal_released_code():
     for index, parts in enumerate(polygons):
         if not recorded["orientation_ambiguous"][index]:
             ours = reference_contours(parts, box=recorded["gt_boxes"][index].numpy())
-            compare(ours, expected[owner == index], 1e-9, "contours of all parts, pixels")
+            theirs = expected[owner == index]
+            parity.absolute("contours of each part", ours, theirs, within=1e-9, unit="px")
             compared += len(ours)
     assert compared == 138
 
 
-def test_reference_takes_the_largest_part():
+def test_reference_takes_the_largest_part(parity):
     polygons, recorded = recorded_objects()
     expected = recorded["unified"].numpy().reshape(-1, 36, 2)
     owner = recorded["unified_inst"].numpy()
@@ -124,7 +126,8 @@ def test_reference_takes_the_largest_part():
         candidates = expected[owner == index]
         areas = [abs(signed_area(candidate)) for candidate in candidates]
         ours = resample_contour(polygons[index], method="reference")
-        np.testing.assert_allclose(ours, candidates[np.argmax(areas)], atol=1e-9)
+        theirs = candidates[np.argmax(areas)]
+        parity.absolute("contours of the largest part", ours, theirs, within=1e-9, unit="px")
 
 
 @pytest.mark.parametrize("num_points", [8, 35, 100, 128])

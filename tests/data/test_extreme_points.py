@@ -3,7 +3,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from parity import Recorded, compare
+from parity import Recorded
 
 from lsnet_d2.data.extreme_points import as_extreme_points, extreme_points, side_midpoints
 
@@ -28,11 +28,11 @@ def recorded_objects():
     return [parts[first:last] for first, last in zip([0, *lasts], lasts, strict=False)], recorded
 
 
-def test_equals_released_code_on_polygons():
+def test_equals_released_code_on_polygons(parity):
     polygons, recorded = recorded_objects()
     ours = np.stack([extreme_points(parts, integer=True) for parts in polygons])
     assert len(ours) == 220
-    compare(ours.reshape(-1, 8), recorded["extremes"], 0, "extreme points of polygons")
+    parity.equal("extreme points of polygons", ours.reshape(-1, 8), recorded["extremes"])
 
 
 def test_without_rounding_stays_within_a_pixel_of_it():
@@ -42,13 +42,14 @@ def test_without_rounding_stays_within_a_pixel_of_it():
     assert up.min() >= 0 and up.max() < 1 and up.max() > 0.5
 
 
-def test_equals_released_code_on_pixels_of_masks():
+def test_equals_released_code_on_pixels_of_masks(parity):
     recorded = Recorded("comp_extreme_points.npz")
     ours = [
         extreme_points([np.argwhere(mask)[:, ::-1]], integer=True)
         for mask in recorded["masks"].numpy()
     ]
-    compare(np.reshape(ours, (-1, 8)), recorded["mask_extremes"], 0, "extreme points of masks")
+    expected = recorded["mask_extremes"]
+    parity.equal("extreme points of masks", np.reshape(ours, (-1, 8)), expected)
 
 
 @pytest.mark.parametrize("joined", [True, False])

@@ -2,7 +2,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from parity import Recorded, compare
+from parity import Recorded
 
 from lsnet_d2.layers import corner_pool
 
@@ -19,13 +19,13 @@ maps = st.builds(features_of, st.integers(1, 6), st.integers(1, 6), st.integers(
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_values_and_gradients_are_those_of_the_released_code(side):
+def test_values_and_gradients_are_those_of_the_released_code(parity, side):
     recorded = Recorded("comp_cpv.npz", f"pool_{side}.")
     features = recorded["in"].requires_grad_()
     pooled = corner_pool(features, side)
-    compare(pooled, recorded["out"], 0, "corner pooling")
+    parity.equal("corner pooling", pooled, recorded["out"])
     pooled.backward(recorded["grad_out"])
-    compare(features.grad, recorded["grad_in"], 1e-6, "corner pooling, gradient")
+    parity.absolute("corner pooling, gradient", features.grad, recorded["grad_in"], within=1e-6)
 
 
 @given(maps)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from parity import Recorded, compare
+from parity import Recorded
 
 from lsnet_d2.modeling.assigners import assign_atss, assign_nearest, pairwise_iou_inverted
 from lsnet_d2.modeling.points import make_anchor_points
@@ -23,19 +23,19 @@ def quadrilateral_centroids(extremes):
 
 @pytest.mark.parametrize("num_positives", [1, 3])
 @pytest.mark.parametrize("case", CASES)
-def test_nearest_centre_is_that_of_the_released_code(case, num_positives):
+def test_nearest_centre_is_that_of_the_released_code(parity, case, num_positives):
     recorded = Recorded("comp_centroid_assigner.npz", f"{case}.")
     points = points_of(recorded["level_hw"])
     assigned = assign_nearest(
         points.xy, STRIDES, points.per_level, recorded["gt_boxes"], num_positives=num_positives
     )
     expected = recorded[f"gt_inds_center_pos{num_positives}"]
-    compare(assigned + 1, expected, 0, "assignment to the nearest centre")
+    parity.equal("init assignment, by centres", assigned + 1, expected)
 
 
 @pytest.mark.parametrize("num_positives", [1, 3])
 @pytest.mark.parametrize("case", CASES)
-def test_nearest_centroid_is_that_of_the_released_code(case, num_positives):
+def test_nearest_centroid_is_that_of_the_released_code(parity, case, num_positives):
     recorded = Recorded("comp_centroid_assigner.npz", f"{case}.")
     points = points_of(recorded["level_hw"])
     extremes = recorded["gt_extremes"].view(-1, 5, 2)[:, :4].double()
@@ -48,17 +48,18 @@ def test_nearest_centroid_is_that_of_the_released_code(case, num_positives):
         num_positives=num_positives,
     )
     expected = recorded[f"gt_inds_centroid_pos{num_positives}"]
-    compare(assigned + 1, expected, 0, "assignment to the nearest centroid")
+    parity.equal("init assignment, by centroids", assigned + 1, expected)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_atss_is_that_of_the_released_code(case):
+def test_atss_is_that_of_the_released_code(parity, case):
     recorded = Recorded("comp_atss_assigner.npz", f"{case}.")
     per_level = recorded["level_hw"].prod(1).tolist()
     assigned, quality = assign_atss(recorded["boxes"], per_level, recorded["gt_boxes"])
-    compare(assigned + 1, recorded["gt_inds"], 0, "assignment by ATSS")
+    parity.equal("refine assignment (ATSS)", assigned + 1, recorded["gt_inds"])
     positive = assigned >= 0
-    torch.testing.assert_close(quality[positive], recorded["max_overlaps"][positive])
+    overlaps, expected = quality[positive], recorded["max_overlaps"][positive]
+    parity.absolute("refine assignment (ATSS), IOU", overlaps, expected, within=1e-5)
     assert (quality[~positive] == 0).all()
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from parity import Recorded, assert_within, compare, relative_difference
+from parity import Recorded
 from torchvision.ops import box_iou
 
 from lsnet_d2.modeling.corner_targets import corner_radius, corner_targets, semantic_targets
@@ -22,21 +22,22 @@ def everywhere(points):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_corners_are_those_of_the_released_code(case):
+def test_corners_are_those_of_the_released_code(parity, case):
     recorded = Recorded("comp_hm_assigner.npz", f"{case}.")
     sizes = [tuple(hw) for hw in recorded["level_hw"].tolist()]
     points = make_anchor_points(sizes, STRIDES, torch.device("cpu"))
     heat, offsets = corner_targets(points, recorded["gt_boxes"], everywhere(points))
     for corner, name in enumerate(("tl", "br")):
-        compare(heat[:, corner], recorded[f"hm_{name}"], 1e-5, "corner heat, targets")
+        ours, theirs = heat[:, corner], recorded[f"hm_{name}"]
+        parity.relative("corner heat targets", ours, theirs, within=1e-5, least=0.1)
         positive = torch.nonzero(heat[:, corner] == 1).squeeze(1)
-        assert torch.equal(positive, recorded[f"pos_{name}"].long())
+        parity.equal("corner points", positive, recorded[f"pos_{name}"])
         # Where objects have one point, the released code takes the last of them.
         shared = torch.isin(positive, recorded[f"collisions_{name}"])
         alone = positive[~shared]
         expected = recorded[f"off_{name}"]
-        offset_error = "corner offsets, targets in cells"
-        compare(offsets[alone, corner], expected[alone], 1e-5, offset_error)
+        ours, theirs = offsets[alone, corner], expected[alone]
+        parity.absolute("corner offset targets", ours, theirs, within=1e-5, unit="cells")
         assert (offsets[heat[:, corner] < 1, corner] == 0).all()
         shared = positive[shared]
         ours, theirs = offsets[shared, corner].norm(dim=1), expected[shared].norm(dim=1)
@@ -82,23 +83,22 @@ def test_the_radius_keeps_the_overlap(width, height, overlap):
 
 
 @pytest.mark.parametrize("run", ["sem0", "sem1"])
-def test_the_semantic_map_is_that_of_the_released_code(run):
+def test_the_semantic_map_is_that_of_the_released_code(parity, run):
     recorded = Recorded("comp_cpv.npz", f"{run}.")
     points = points_of(*recorded["pad_hw"].tolist())
     classes = recorded["labels"].long()
     weights = semantic_targets(points, recorded["boxes"], classes, everywhere(points), 80)
     finest = weights[: points.per_level[0]].T.view(80, *points.sizes[0])
     present = recorded["classes"].long()
-    assert torch.equal(finest[present] > 0, recorded["map"].bool())
-    torch.testing.assert_close(finest[present], recorded["weights"], rtol=1e-6, atol=0)
-    difference = relative_difference(finest[present], recorded["weights"])
-    assert_within(difference, 1e-6, "semantic map, targets, relative")
+    parity.equal("semantic map", finest[present] > 0, recorded["map"].bool())
+    ours, theirs = finest[present], recorded["weights"]
+    parity.relative("semantic map, weights", ours, theirs, within=1e-6)
     absent = torch.ones(80, dtype=torch.bool).index_fill(0, present, False)
     assert (finest[absent] == 0).all()
 
 
 @pytest.mark.parametrize("run", ["even", "odd", "empty1", "empty2"])
-def test_semantic_maps_of_a_batch_are_those_of_the_released_code(run):
+def test_semantic_maps_of_a_batch_are_those_of_the_released_code(parity, run):
     images, recorded = Recorded(f"images_{run}.npz"), Recorded(f"model_bbox_cpv_r50_{run}.npz")
     points = points_of(*images["batch_hw"].tolist())
     maps = []
@@ -110,7 +110,7 @@ def test_semantic_maps_of_a_batch_are_those_of_the_released_code(run):
     assert list(finest.shape) == recorded["gt_sem_shape"].tolist()
     expected = torch.zeros_like(finest)
     expected[tuple(recorded["gt_sem_nonzero"].long().T)] = recorded["gt_sem_weight_values"]
-    torch.testing.assert_close(finest, expected, rtol=1e-6, atol=0)
+    parity.relative("semantic map of a batch, weights", finest, expected, within=1e-6)
 
 
 def test_the_smallest_of_overlapping_objects_counts():

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from detectron2.utils.events import EventStorage
 from hypothesis import given
 from hypothesis import strategies as st
-from parity import DIRECTORY, Recorded, assert_within, compare, relative_difference
+from parity import DIRECTORY, Recorded
 from tiny_model import make_input, tiny_model
 
 from lsnet_d2.layers.pyramid_sampling import flatten_levels
@@ -138,7 +138,7 @@ def test_ignored_regions_are_no_background():
     assert objects_alone["loss_offset"] == plain["loss_offset"]
 
 
-def test_semantic_loss_is_that_of_the_released_code():
+def test_semantic_loss_is_that_of_the_released_code(parity):
     recorded = Recorded("comp_losses.npz", "sep.")
     logits = recorded["logits"].requires_grad_()
     weights = recorded["target"] * recorded["weight"]
@@ -146,23 +146,21 @@ def test_semantic_loss_is_that_of_the_released_code():
     criterion = CornerCriterion()
     loss = 0.1 * criterion.semantic_loss(logits, weights, everywhere)
     loss.backward()
-    difference = relative_difference(loss, recorded["loss_w01"])
-    assert_within(difference, 1e-6, "semantic loss, relative")
-    difference = relative_difference(logits.grad, recorded["grad"])
-    assert_within(difference, 1e-5, "semantic loss, gradient, relative")
+    parity.to_largest("semantic loss", loss, recorded["loss_w01"], within=1e-6)
+    parity.to_largest("semantic loss, gradient", logits.grad, recorded["grad"], within=1e-5)
     # There the released code has 1 / 0.
     assert recorded["loss_no_positive"] == torch.inf
     assert criterion.semantic_loss(logits, torch.zeros_like(weights), everywhere) == 0
 
 
-def test_offset_loss_is_that_of_the_released_code():
+def test_offset_loss_is_that_of_the_released_code(parity):
     recorded = Recorded("comp_losses.npz", "sl1.")
     offsets = recorded["pred"].requires_grad_()
     loss = F.smooth_l1_loss(offsets, recorded["target"], reduction="none", beta=OFFSET_BETA)
     loss = (loss * recorded["weight"]).sum() / 15
     loss.backward()
-    assert relative_difference(loss, recorded["loss_beta19_avg15"]) < 1e-6
-    assert relative_difference(offsets.grad, recorded["grad"]) < 1e-6
+    parity.to_largest("corner offset loss", loss, recorded["loss_beta19_avg15"], within=1e-6)
+    parity.to_largest("corner offset loss, gradient", offsets.grad, recorded["grad"], within=1e-6)
 
 
 def test_learns_one_image():
@@ -184,7 +182,7 @@ def test_learns_one_image():
 # ---------------------------------------------------------------------- inference
 
 
-def test_snapped_boxes_are_those_of_the_released_code():
+def test_snapped_boxes_are_those_of_the_released_code(parity):
     recorded = Recorded("comp_cpv.npz")
     points = points_of([tuple(hw) for hw in recorded["level_hw"].tolist()])
 
@@ -199,7 +197,7 @@ def test_snapped_boxes_are_those_of_the_released_code():
     size = recorded["img_shape"].tolist()
     boxes = clip_boxes(branch.boxes(landmarks), size)
     snapped = clip_boxes(snap_boxes(boxes, points.levels, points, output), size)
-    compare(snapped, recorded["boxes"], 1e-4, "snapping to corners, pixels")
+    parity.absolute("verified boxes", snapped, recorded["boxes"], within=1e-4, unit="px")
     assert (snapped[points.per_level[0] :] != boxes[points.per_level[0] :]).any()
 
 

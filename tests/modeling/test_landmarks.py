@@ -1,7 +1,7 @@
 import pytest
 import torch
 from detectron2.structures import Boxes, Instances, Keypoints
-from parity import Recorded, assert_within, compare, relative_difference
+from parity import Recorded
 from tiny_model import tiny_cfg
 
 from lsnet_d2.layers.deform_conv import tap_offsets
@@ -22,24 +22,25 @@ def channels_last(recorded, key, width):
 
 
 class TestExtremeBranch:
-    def test_sampling_points_are_those_of_the_released_code(self):
+    def test_sampling_points_are_those_of_the_released_code(self, parity):
         recorded = Recorded("comp_head_decode.npz", "bbox.")
         vectors = channels_last(recorded, "softplus", 4)
         free = recorded["raw_init"][:, 20:].unflatten(1, (4, 2)).permute(0, 3, 4, 1, 2).flip(-1)
         points = ExtremeBranch().sampling_points(vectors, free)
         expected = channels_last(recorded, "kernel_points_yx", 2).flip(-1)
-        assert_within(relative_difference(points, expected), 1e-6, "sampling points, relative")
+        parity.to_largest("sampling places", points, expected, within=1e-6)
         offsets = channels_last(recorded, "dcn_offset", 2).flip(-1)
-        assert relative_difference(points - tap_offsets(3), offsets) < 1e-6
+        moved = points - tap_offsets(3)
+        parity.to_largest("sampling offsets", moved, offsets, within=1e-6)
 
-    def test_boxes_are_those_of_the_released_code(self):
+    def test_boxes_are_those_of_the_released_code(self, parity):
         recorded = Recorded("comp_head_decode.npz", "bbox.")
         branch = ExtremeBranch()
         vectors = channels_last(recorded, "softplus", 4)
         origin = torch.zeros(*vectors.shape[:-2], 2)
         boxes = branch.boxes(branch.decode(vectors, origin, torch.ones(vectors.shape[:-2])))
         expected = recorded["boxes"].permute(0, 2, 3, 1)
-        assert_within(relative_difference(boxes, expected), 1e-6, "boxes of landmarks, relative")
+        parity.to_largest("boxes of landmarks", boxes, expected, within=1e-6)
 
     def test_targets_end_with_the_centre_of_the_box(self):
         instances = Instances((100, 100))
@@ -76,23 +77,23 @@ class TestExtremeBranch:
     ("recording", "branch"), [("segm.", ContourBranch()), ("pose_bbox.", KeypointBranch())]
 )
 class TestContourAndKeypointBranch:
-    def test_sampling_points_are_those_of_the_released_code(self, recording, branch):
+    def test_sampling_points_are_those_of_the_released_code(self, parity, recording, branch):
         recorded = Recorded("comp_head_decode.npz", recording)
         vectors = channels_last(recorded, "softplus", 4)
         points = branch.sampling_points(vectors, vectors.new_zeros(*vectors.shape[:-2], 0, 2))
         expected = channels_last(recorded, "kernel_points_yx", 2).flip(-1)
-        assert_within(relative_difference(points, expected), 1e-6, "sampling points, relative")
+        parity.to_largest("sampling places", points, expected, within=1e-6)
 
-    def test_landmarks_and_boxes_are_those_of_the_released_code(self, recording, branch):
+    def test_landmarks_and_boxes_are_those_of_the_released_code(self, parity, recording, branch):
         recorded = Recorded("comp_head_decode.npz", recording)
         vectors = channels_last(recorded, "softplus", 4)
         origin = torch.zeros(*vectors.shape[:-2], 2)
         landmarks = branch.decode(vectors, origin, torch.ones(vectors.shape[:-2]))
         expected = channels_last(recorded, "landmarks_xy", 2)
-        assert_within(relative_difference(landmarks, expected), 1e-6, "landmarks, relative")
+        parity.to_largest("decoded landmarks", landmarks, expected, within=1e-6)
         expected = recorded["boxes"].permute(0, 2, 3, 1)
-        difference = relative_difference(branch.boxes(landmarks), expected)
-        assert_within(difference, 1e-6, "boxes of landmarks, relative")
+        boxes = branch.boxes(landmarks)
+        parity.to_largest("boxes of landmarks", boxes, expected, within=1e-6)
 
     def test_loss_of_a_perfect_prediction_is_zero_in_any_unit(self, recording, branch):
         generator = torch.Generator().manual_seed(0)
@@ -259,10 +260,10 @@ def test_extreme_points_move_to_the_sides_of_boxes():
         (KeypointBranch(), "keypoints", "keypoints34"),
     ],
 )
-def test_order_in_a_mirrored_image_is_that_of_the_released_code(branch, key, mirrored):
+def test_order_in_a_mirrored_image_is_that_of_the_released_code(parity, branch, key, mirrored):
     recorded = Recorded("comp_flip.npz")
     points = recorded[key].float().unflatten(1, (-1, 3 if key == "keypoints" else 2))
     points = points[:, branch.flip_indices(["keypoints_coco_2017_val"]), :2]
     points[..., 0] = recorded["img_hw"][1] - points[..., 0]
     expected = recorded[f"test.horizontal.{mirrored}"].unflatten(1, (-1, 2))
-    compare(points, expected, 1e-4, f"order in a mirrored image, {branch.name}, pixels")
+    parity.absolute("landmarks of a mirrored image", points, expected, within=1e-4, unit="px")

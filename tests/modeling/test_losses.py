@@ -1,6 +1,6 @@
 import pytest
 import torch
-from parity import Recorded, assert_within, relative_difference
+from parity import Recorded
 
 from lsnet_d2.modeling.losses import (
     box_penalty,
@@ -58,20 +58,20 @@ def recorded_case(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_value_and_gradient_are_those_of_the_released_code(kind):
+def test_value_and_gradient_are_those_of_the_released_code(parity, kind):
     recorded, pred, _, loss_of = recorded_case(kind)
     loss = loss_of(pred)
-    name = f"cross-IOU loss, {kind}, relative"
-    assert_within(relative_difference(loss, recorded["loss_elem"]), 1e-5, name)
+    parity.to_largest(f"cross-IOU loss, {kind}", loss, recorded["loss_elem"], within=1e-5)
     (gradient,) = torch.autograd.grad(loss.sum(), pred, retain_graph=True)
-    difference = relative_difference(gradient.flatten(1), recorded["grad_pred_sum"])
-    assert_within(difference, 1e-4, f"cross-IOU loss, {kind}, gradient, relative")
+    gradient, expected = gradient.flatten(1), recorded["grad_pred_sum"]
+    parity.to_largest(f"cross-IOU gradient, {kind}", gradient, expected, within=1e-4)
 
     weighted = 2 * (loss * recorded["weight"]).sum() / 17
-    assert_within(relative_difference(weighted, recorded["loss_weighted_w2_avg17"]), 1e-5, name)
+    expected = recorded["loss_weighted_w2_avg17"]
+    parity.to_largest(f"cross-IOU loss, weighted, {kind}", weighted, expected, within=1e-5)
     (gradient,) = torch.autograd.grad(weighted, pred)
-    difference = relative_difference(gradient.flatten(1), recorded["grad_pred_weighted"])
-    assert_within(difference, 1e-4, f"cross-IOU loss, {kind}, gradient, relative")
+    gradient, expected = gradient.flatten(1), recorded["grad_pred_weighted"]
+    parity.to_largest(f"cross-IOU gradient, weighted, {kind}", gradient, expected, within=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["bbox", "polygon"])
@@ -128,18 +128,16 @@ def test_no_positive_points():
     assert box_penalty(torch.zeros(0, 4), torch.zeros(0, 4), torch.zeros(0)).shape == (0,)
 
 
-def test_heat_map_loss_is_that_of_the_released_code():
+def test_heat_map_loss_is_that_of_the_released_code(parity):
     recorded = Recorded("comp_losses.npz", "gauss.")
     scores = recorded["pred_prob"].double()
     logits = scores.logit().requires_grad_()
     loss = gaussian_focal_loss(logits, recorded["target"].double())
     loss = 0.25 * (loss * recorded["weight"]).sum() / 15
     loss.backward()
-    difference = relative_difference(loss, recorded["loss_w025_avg15"])
-    assert_within(difference, 1e-6, "heat map loss, relative")
+    parity.to_largest("corner heat loss", loss, recorded["loss_w025_avg15"], within=1e-6)
     by_score = logits.grad / (scores * (1 - scores))
-    difference = relative_difference(by_score, recorded["grad"])
-    assert_within(difference, 1e-6, "heat map loss, gradient, relative")
+    parity.to_largest("corner heat loss, gradient", by_score, recorded["grad"], within=1e-6)
 
 
 def test_heat_map_loss_is_finite_for_any_logit():

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -12,14 +12,7 @@ from detectron2.data.transforms import HFlipTransform, ResizeTransform, Transfor
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances, Keypoints
 from detectron2.utils.events import EventStorage
-from parity import (
-    CONFIG_FILES,
-    DIRECTORY,
-    Recorded,
-    assert_within,
-    golden_weight,
-    relative_difference,
-)
+from parity import CONFIG_FILES, DIRECTORY, Recorded, golden_weight
 
 from lsnet_d2 import add_lsnet_config
 from lsnet_d2.checkpoint import convert_lsnet_checkpoint, released_names
@@ -75,6 +68,13 @@ def case(request):
 @pytest.fixture(scope="module", params=with_slow(BACKBONES))
 def backbone_case(request):
     return build_case(request.param)
+
+
+@pytest.fixture
+def parity(parity, request):
+    """In the column of the model."""
+    params = request.node.callspec.params
+    return replace(parity, case=params.get("case") or params["backbone_case"])
 
 
 @pytest.fixture(autouse=True)
@@ -158,18 +158,16 @@ def run_model(model, inputs, reference_offsets):
     return images, features, predictions, points
 
 
-def assert_map(actual, recorded, key, quantity, model, tolerance=1e-3):
+def assert_map(parity, quantity, actual, recorded, key):
     """Compare a map (B, C, H, W) at the positions that were stored."""
-    expected = recorded[key]
     assert list(actual.shape[-2:]) == recorded[f"{key}.hw"].tolist(), key
     if f"{key}.pos" in recorded:
         actual = actual.flatten(2)[:, :, recorded[f"{key}.pos"].long()]
-    difference = (actual - expected).abs().max().item()
-    assert_within(difference, tolerance, quantity, model, key)
+    parity.absolute(quantity, actual, recorded[key], within=1e-3, about=key)
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_inputs_and_features(backbone_case, run):
+def test_inputs_and_features(parity, backbone_case, run):
     model = backbone_case.model
     inputs, recorded_images, recorded = backbone_case.read_inputs(run)
     model.eval()
@@ -181,45 +179,40 @@ def test_inputs_and_features(backbone_case, run):
         features = model.backbone(images.tensor)
     assert list(images.tensor.shape[-2:]) == recorded_images["batch_hw"].tolist()
     pixels = images.tensor.flatten(2)
-    assert relative_difference(pixels.mean(2), recorded_images["input_mean"]) < 1e-5
-    assert relative_difference(pixels.std(2), recorded_images["input_std"]) < 1e-5
-    name = backbone_case.name
+    parity.to_largest("input, mean", pixels.mean(2), recorded_images["input_mean"], within=1e-5)
+    parity.to_largest("input, deviation", pixels.std(2), recorded_images["input_std"], within=1e-5)
     for i in (2, 3, 4, 5):
-        assert_map(bottom_up[f"res{i}"], recorded, f"c{i}", "backbone, c2 to c5", name)
+        assert_map(parity, "features C2 to C5", bottom_up[f"res{i}"], recorded, f"c{i}")
     for level in LEVELS:
-        assert_map(features[f"p{level}"], recorded, f"p{level}", "pyramid, p3 to p7", name)
+        assert_map(parity, "features P3 to P7", features[f"p{level}"], recorded, f"p{level}")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("run", RUNS)
-def test_head_outputs(case, run, variant):
+def test_head_outputs(parity, case, run, variant):
     model = case.model
     inputs, _, recorded = case.read_inputs(run)
     model.eval()
     with torch.no_grad():
         _, _, predictions, _ = run_model(model, inputs, VARIANTS[variant])
-    sizes = predictions.sizes
-    outputs = {("class logits", f"{variant}.cls"): unflatten_levels(predictions.logits, sizes)}
+    outputs = {("class logits", f"{variant}.cls"): predictions.logits}
     for branch, init, refine in zip(
         model.branches, predictions.init, predictions.refine, strict=True
     ):
-        for stage, vectors, prefix in (("init", init, "ref"), ("refine", refine, variant)):
-            key = f"{stage} vectors, cells", f"{prefix}.{branch.name}_{stage}"
-            outputs[key] = unflatten_levels(vectors.flatten(2), sizes)
-    if corners := predictions.corners:
-        for name, values in (
-            ("hm_score", corners.heat),
-            ("hm_offset", corners.offsets.flatten(2)),
-            ("sem_score", corners.semantic),
-        ):
-            outputs["corner maps", f"ref.{name}"] = unflatten_levels(values, sizes)
-    for (quantity, key), levels in outputs.items():
-        for level, output in zip(LEVELS, levels, strict=True):
-            assert_map(output, recorded, f"{key}_{level}", quantity, case.name)
+        outputs["initial vectors", f"ref.{branch.name}_init"] = init
+        outputs["refined vectors", f"{variant}.{branch.name}_refine"] = refine
+    if (corners := predictions.corners) is not None:
+        outputs["corner heat logits", "ref.hm_score"] = corners.heat
+        outputs["corner offsets", "ref.hm_offset"] = corners.offsets
+        outputs["semantic logits", "ref.sem_score"] = corners.semantic
+    for (quantity, key), output in outputs.items():
+        levels = unflatten_levels(output.flatten(2), predictions.sizes)
+        for level, values in zip(LEVELS, levels, strict=True):
+            assert_map(parity, quantity, values, recorded, f"{key}_{level}")
 
 
 @pytest.mark.parametrize("run", RUNS_WITH_EMPTY)
-def test_assignments(case, run):
+def test_assignments(parity, case, run):
     skip_unrecorded(case, run)
     model = case.model
     inputs, _, recorded = case.read_inputs(run)
@@ -237,19 +230,18 @@ def test_assignments(case, run):
         ("init", "refine"), model.criterion.assign(points, predictions, targets, valid), strict=True
     ):
         for i in range(2):
-            difference = relative_difference(boxes[i], recorded[f"refine_proposals_{i}"])
-            assert_within(difference, 1e-5, "decoded boxes, relative", case.name)
+            expected = recorded[f"refine_proposals_{i}"]
+            parity.to_largest("boxes of initial vectors", boxes[i], expected, within=1e-5)
             expected = recorded[f"assign_{stage}_{i}"].long()
             assert torch.equal(valid[i], expected >= 0), (stage, i)
             numbers = torch.cat([present[i] + 1, torch.zeros(1, dtype=torch.int64)])
             actual = numbers[assigned[i]].masked_fill(~valid[i], -1)  # -1, none, is the last
-            mismatches = (actual != expected).sum().item()
-            assert_within(mismatches, 0, "assignments, mismatches", case.name, (stage, i))
+            parity.equal(f"assigned points, {stage} stage", actual, expected, about=f"image {i}")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("run", RUNS_WITH_EMPTY)
-def test_losses(case, run, variant):
+def test_losses(parity, case, run, variant):
     skip_unrecorded(case, run)
     inputs, _, recorded = case.read_inputs(run)
     model = case.model.train()
@@ -262,27 +254,33 @@ def test_losses(case, run, variant):
         assert expected.pop("loss_sem") == expected.pop("loss_total") == math.inf
         assert losses["loss_sem"] == 0
     for name, value in expected.items():
-        difference = relative_to(losses[name].item(), value, floor=1e-3)
-        assert_within(difference, 1e-4, "losses, relative", case.name, name)
-
-
-def relative_to(actual, expected, floor):
-    return abs(actual - expected) / max(abs(expected), floor)
+        parity.relative(f"`{name}`", losses[name].item(), value, within=1e-4, least=1e-3)
 
 
 # A sampling place on the border between two pixels may fall on either side by rounding, which moves
-# some norms by 1e-3. In double precision we always fall on the exact side. In these runs the
-# recording does not, in one layer each (in single precision, they agree to 1e-3 too): the tolerance
-# for names with this in them.
-GRADIENT_TOLERANCE = {
-    ("segm_r50", "even"): ("", 1.5e-3),
-    ("bbox_x101_dcn", "even"): (".conv_offset.", 3e-3),
-    ("bbox_cpv_r2101_dcn", "even"): (".conv_offset.", 4e-3),
+# some norms by 1e-3 or more. In double precision we always fall on the exact side, on any machine.
+# The recording, in single precision, does not, in one layer of these three runs: the parameters
+# whose norms that moves, and their limit. (In single precision we agree to 1e-3 there too, with
+# some convolutions and numbers of threads, and not with others.)
+MOVED_GRADIENTS = {
+    ("segm_r50", "even"): {
+        "bbox_head.cls_convs.1.conv.conv_offset.bias": 1.5e-3,
+        "bbox_head.cls_convs.2.conv.conv_offset.bias": 1.5e-3,
+        "backbone.layer3.3.bn2.weight": 1.5e-3,
+    },
+    ("bbox_x101_dcn", "even"): {
+        "backbone.layer3.21.conv2.conv_offset.weight": 3e-3,
+        "backbone.layer3.21.conv2.conv_offset.bias": 3e-3,
+    },
+    ("bbox_cpv_r2101_dcn", "even"): {
+        "backbone.layer3.11.convs.0.conv_offset.weight": 4e-3,
+        "backbone.layer3.11.convs.0.conv_offset.bias": 4e-3,
+    },
 }
 
 
 @pytest.mark.parametrize("run", RUNS_WITH_EMPTY)
-def test_gradients(case, run):
+def test_gradients(parity, case, run):
     skip_unrecorded(case, run)
     if is_infinite(case, run):
         pytest.skip("the loss of the released code is infinite")
@@ -304,16 +302,16 @@ def test_gradients(case, run):
     ours, renamed = dict(model.named_parameters()), released_names(case.names["parameters"])
     norms = recorded["ref.grad_l2"].tolist()
     largest = max(norm for norm in norms if norm == norm)
+    limits = dict(MOVED_GRADIENTS.get((case.name, run), {}))
     for name, expected in zip(case.names["parameters"], norms, strict=True):
         parameter = ours.pop(renamed[name])
         assert parameter.requires_grad == (name in trainable), name
         norm = 0.0 if parameter.grad is None else parameter.grad.norm().item()
         expected = 0.0 if expected != expected else expected  # NaN: no gradient
-        part, wider = GRADIENT_TOLERANCE.get((case.name, run), ("", 1e-3))
-        tolerance = wider if part in name else 1e-3
-        difference = relative_to(norm, expected, floor=1e-6 * largest / tolerance)
-        assert_within(difference, tolerance, "norms of gradients, relative", case.name, name)
-    assert not ours
+        within = limits.pop(name, 1e-3)
+        least = 1e-6 * largest / within
+        parity.relative("gradient norms", norm, expected, within=within, least=least, about=name)
+    assert not ours and not limits
 
 
 def to_double(instances):
@@ -327,7 +325,7 @@ def to_double(instances):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("run", RUNS)
-def test_detections(case, run, variant):
+def test_detections(parity, case, run, variant):
     model = case.model
     inputs, recorded_images, recorded = case.read_inputs(run)
     model.eval()
@@ -337,7 +335,7 @@ def test_detections(case, run, variant):
     for i, result in enumerate(results):
         expected = recorded.under(f"{variant}.det_{i}")
         field = model.branches[-1].pred_field
-        assert_detections(result, field, expected, case.name)
+        assert_detections(parity, "detections", result, field, expected)
 
         # In original pixels: the released code divides by the scale factor and does not clip anew.
         width, height = (
@@ -347,31 +345,40 @@ def test_detections(case, run, variant):
         proper = Boxes(expected["boxes"]).nonempty()
         rescaled = rescale_instances(result, height, width, model.branches)
         keys = set(expected) & {"boxes", "scores", "labels", "landmarks"}
-        of_proper = {k: expected[k][proper] for k in keys}
-        assert_detections(rescaled, field, of_proper, case.name)
+        chosen = {k: expected[k][proper] for k in keys}
+        assert_detections(parity, "detections in original pixels", rescaled, field, chosen)
         if "kept_area_gt_1024" in expected:
             rescaled = rescale_instances(result, height, width, model.branches, min_box_area=1024)
             kept = proper & expected["kept_area_gt_1024"]
-            of_kept = {k: expected[k][kept] for k in keys}
-            assert_detections(rescaled, field, of_kept, case.name)
+            chosen = {k: expected[k][kept] for k in keys}
+            assert_detections(
+                parity, "detections over 1,024 square pixels", rescaled, field, chosen
+            )
 
 
-def assert_detections(result, field, expected, model, exchanged=2, quantity="detections"):
+def assert_detections(parity, quantity, result, field, expected, exchanged=2):
     """Detections agree one to one, but for a few that near-ties at the cut may exchange."""
-    assert len(result) == len(expected["boxes"]) > 5
+    pixels, scores = 0.01, 1e-4  # limits
+    assert len(result) == len(expected["boxes"])
     ours, theirs = result.pred_boxes.tensor, expected["boxes"]
     if "landmarks" in expected:  # corner verification reports boxes alone
         landmarks = result.get(field)[..., :2]
         ours = torch.cat([ours, landmarks.flatten(1)], dim=1)
         theirs = torch.cat([theirs, expected["landmarks"]], dim=1)
-    apart = (ours[:, None] - theirs).abs().amax(dim=2)
-    other = result.pred_classes[:, None] != expected["labels"]
-    other |= (result.scores[:, None] - expected["scores"]).abs() > 1e-4
-    apart = apart.masked_fill(other, math.inf)
-    for nearest in (apart.amin(dim=0), apart.amin(dim=1)):
-        same = nearest < 0.01
-        assert (~same).sum() <= exchanged
-        assert_within(nearest[same].max().item(), 0.01, f"{quantity}, pixels", model)
+    away = (ours[:, None] - theirs).abs().amax(dim=2)
+    score_away = (result.scores[:, None] - expected["scores"]).abs()
+    equal = (away < pixels) & (score_away < scores)
+    equal &= result.pred_classes[:, None] == expected["labels"]
+    assert len(result) > 5
+    for dim in (0, 1):
+        missing = len(result) - equal.any(dim).sum()
+        parity.check(quantity, missing, exchanged, len(result), "without a counterpart")
+    found = equal.any(dim=1)
+    # of several counterparts the nearest
+    away, partner = away.masked_fill(~equal, math.inf)[found].min(dim=1)
+    parity.check(f"{quantity}, places", away.max(), pixels, ours[found].numel(), "px")
+    score_away = score_away[found].gather(1, partner[:, None])
+    parity.check(f"{quantity}, scores", score_away.max(), scores, len(away), "absolute")
 
 
 class RecordedAugmentation:
@@ -401,7 +408,7 @@ class RecordedAugmentation:
         return self.inputs
 
 
-def test_augmentation(case, monkeypatch):
+def test_augmentation(parity, case, monkeypatch):
     """Two scales and their mirror images, each as it is and put together."""
     if "101" in case.name:
         pytest.skip("augmentation was recorded with the models of 50 layers")
@@ -413,7 +420,8 @@ def test_augmentation(case, monkeypatch):
     with torch.no_grad():
         found = [model([x], do_postprocess=False)[0] for x in mapper.inputs]
     for k, instances in enumerate(found):
-        assert_detections(instances, field, recorded.under(f"aug_det_{k}"), case.name, exchanged=0)
+        expected = recorded.under(f"aug_det_{k}")
+        assert_detections(parity, "augmented detections", instances, field, expected, exchanged=0)
 
     data_sets = ["keypoints_coco_2017_val"]
     tta = LSNetWithTTA(
@@ -435,5 +443,4 @@ def test_augmentation(case, monkeypatch):
     result = output["instances"]
     alone = counts[result.pred_classes] == 1
     assert not torch.isin(result.pred_classes[alone], recorded["labels"]).any()
-    quantity = "augmented and voted on"
-    assert_detections(result[~alone], field, recorded, case.name, exchanged=0, quantity=quantity)
+    assert_detections(parity, "merged detections", result[~alone], field, recorded, exchanged=0)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from parity import Recorded, compare
+from parity import Recorded
 
 from lsnet_d2.modeling.landmarks import ExtremeBranch
 from lsnet_d2.modeling.postprocessing import (
@@ -12,7 +12,7 @@ from lsnet_d2.modeling.postprocessing import (
 
 
 @pytest.mark.parametrize("case", ["n0", "n1", "n2", "n3"])
-def test_nms_is_that_of_the_released_code(case):
+def test_nms_is_that_of_the_released_code(parity, case):
     recorded = Recorded("comp_nms.npz", f"{case}.")
     point, classes, scores = select_detections(
         recorded["boxes"],
@@ -22,9 +22,9 @@ def test_nms_is_that_of_the_released_code(case):
         max_detections=recorded["max_per_img"].item(),
     )
     boxes = torch.cat([recorded["boxes"][point], scores[:, None]], dim=1)
-    compare(boxes, recorded["out_dets"], 1e-5, "NMS, boxes and scores")
-    compare(recorded["vectors"][point], recorded["out_vectors"], 0, "NMS, landmarks")
-    compare(classes, recorded["out_labels"], 0, "NMS, classes")
+    parity.absolute("NMS, boxes and scores", boxes, recorded["out_dets"], within=1e-5)
+    parity.equal("NMS, landmarks", recorded["vectors"][point], recorded["out_vectors"])
+    parity.equal("NMS, classes", classes, recorded["out_labels"])
 
 
 def test_one_point_can_be_of_two_classes():

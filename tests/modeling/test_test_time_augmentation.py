@@ -7,7 +7,7 @@ from detectron2.data.detection_utils import build_augmentation
 from detectron2.data.transforms import HFlipTransform, ResizeTransform, TransformList
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
-from parity import Recorded, assert_within, compare
+from parity import Recorded
 from tiny_model import make_input, tiny_cfg, tiny_model
 
 from lsnet_d2.errors import ConfigError
@@ -38,16 +38,17 @@ def recorded_vote(case):
 class TestVote:
     @pytest.mark.parametrize("case", ["v0", "v1", "v2", "v3"])
     @pytest.mark.parametrize("prefix", ["", "cpv_"])
-    def test_is_that_of_the_released_code(self, case, prefix):
+    def test_is_that_of_the_released_code(self, parity, case, prefix):
         recorded, detections = recorded_vote(case)
         if prefix:  # boxes only
             detections["landmarks"] = detections["landmarks"][:, :0]
         boxes, landmarks, scores, _ = vote(**detections, iou_thresh=0.66, score_thresh=0.05)
-        compare(scores, recorded[f"{prefix}out_scores"], 1e-6, "box voting, scores")
-        compare(boxes, recorded[f"{prefix}out_boxes"], 1e-3, "box voting, boxes in pixels")
+        parity.absolute("votes, scores", scores, recorded[f"{prefix}out_scores"], within=1e-6)
+        expected = recorded[f"{prefix}out_boxes"]
+        parity.absolute("votes, boxes", boxes, expected, within=1e-3, unit="px")
         if not prefix:
-            expected = recorded["out_vectors"]
-            compare(landmarks.flatten(1), expected, 1e-3, "box voting, landmarks in pixels")
+            landmarks, expected = landmarks.flatten(1), recorded["out_vectors"]
+            parity.absolute("votes, landmarks", landmarks, expected, within=1e-3, unit="px")
 
     def test_keeps_a_class_with_one_detection(self):
         """The released code drops it, which is what was recorded."""
@@ -110,11 +111,10 @@ class TestVote:
 
 
 @pytest.mark.parametrize("bounds", [(96, 10000), (64, 10000), (0, 10000), (0, 256), (0, 96)])
-def test_size_ranges_are_those_of_the_released_code(bounds):
+def test_size_ranges_are_those_of_the_released_code(parity, bounds):
     recorded = Recorded("comp_vote.npz", "remove.")
     kept = torch.nonzero(boxes_in_range(Boxes(recorded["boxes"]), *bounds)).squeeze(1)
-    others = set(kept.tolist()) ^ set(recorded[f"keep_{bounds[0]}_{bounds[1]}"].tolist())
-    assert_within(len(others), 0, "size ranges")
+    parity.equal("boxes of a range of sizes", kept, recorded[f"keep_{bounds[0]}_{bounds[1]}"])
 
 
 def test_inverted_boxes_are_in_no_range():
@@ -131,7 +131,7 @@ FLIPS = [
 
 @pytest.mark.parametrize(("task", "branch", "key"), FLIPS, ids=[task for task, *_ in FLIPS])
 @pytest.mark.parametrize("flip", [0, 1])
-def test_mapping_back_is_that_of_the_released_code(task, branch, key, flip):
+def test_mapping_back_is_that_of_the_released_code(parity, task, branch, key, flip):
     recorded = Recorded("comp_flip.npz")
     count = branch.num_landmarks
     points = recorded[key].float().unflatten(1, (-1, 3 if key == "keypoints" else 2))
@@ -151,10 +151,11 @@ def test_mapping_back_is_that_of_the_released_code(task, branch, key, flip):
     result = map_back(instances, TransformList(transforms), size, [branch], [indices])
     limit = torch.tensor(size[::-1])
     boxes = expected["boxes"].view(-1, 2, 2).clamp(min=0).minimum(limit).flatten(1)
-    compare(result.pred_boxes.tensor, boxes, 1e-3, "mapping back, pixels")
+    actual = result.pred_boxes.tensor
+    parity.absolute("boxes mapped back", actual, boxes, within=1e-3, unit="px")
     vectors = expected["vectors"].unflatten(1, (-1, 2)).clamp(min=0).minimum(limit)
     actual = result.get(branch.pred_field)[..., :2]
-    compare(actual, vectors, 1e-3, "mapping back, pixels")
+    parity.absolute("landmarks mapped back", actual, vectors, within=1e-3, unit="px")
     assert torch.equal(instances.get(branch.pred_field), points)  # not written into
 
 
