@@ -1,4 +1,4 @@
-from .batch_norm import FixedBatchNorm2d
+from .batch_norm import FixedBatchNorm2d, conv_norm
 from .corner_pooling import corner_pool
 from .deform_conv import ModulatedDeformConv, sampled_conv
 from .point_sampling import sample_features
@@ -9,6 +9,7 @@ __all__ = [
     "ModulatedDeformConv",
     "PyramidDeformConv",
     "PyramidGrid",
+    "conv_norm",
     "corner_pool",
     "sample_features",
     "sampled_conv",

@@ -31,6 +31,22 @@ class FixedBatchNorm2d(nn.BatchNorm2d):
         local_metadata = {**local_metadata, "version": self._version}
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
+    def fold(self, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Kernel and bias of the convolution that does what one with this norm behind it does.
+
+        Gradients of the norm's weight and bias flow through them, so that neither the norm nor its
+        backward pass touches a feature map.
+
+        Args:
+            weight: (C, C_in / groups, kh, kw).
+            bias: (C,), or None.
+        """
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        if bias is not None:
+            shift = shift + bias * scale
+        return weight * scale.view(-1, 1, 1, 1), shift
+
     @classmethod
     def convert(cls, module: nn.Module) -> nn.Module:
         """Replace every batch norm in ``module``; what is trained stays so.
@@ -49,3 +65,16 @@ class FixedBatchNorm2d(nn.BatchNorm2d):
         for name, child in module.named_children():
             setattr(module, name, cls.convert(child))
         return module
+
+
+def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module | None) -> Tensor:
+    """``norm(conv(x))``, in one step where the norm can be folded into the convolution.
+
+    Args:
+        x: (B, C_in, H, W).
+        conv: whose own ``forward`` is not called; padded with zeros.
+    """
+    folded = isinstance(norm, FixedBatchNorm2d)
+    weight, bias = norm.fold(conv.weight, conv.bias) if folded else (conv.weight, conv.bias)
+    x = F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return x if folded or norm is None else norm(x)

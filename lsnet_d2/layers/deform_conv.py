@@ -9,13 +9,16 @@ Shapes: B images, C input and C' output channels, K = kh * kw taps in row-major 
 (H, W), output size (H', W').
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 import torchvision.ops
 from torch import Tensor, nn
 
+from .batch_norm import FixedBatchNorm2d
 from .bilinear import bilinear_corners
-from .row_sum import RowIndex, weighted_row_sum
+from .row_sum import RowIndex, weighted_row_sum, weighted_sum_of_made_rows
 
 
 def tap_offsets(kernel_size: int, device: torch.device | None = None) -> Tensor:
@@ -96,10 +99,13 @@ def sampled_conv(
         out = _join_taps(samples.unflatten(0, (-1, taps)), weight, groups)
     else:
         tap = torch.arange(taps, dtype=pixel.dtype, device=pixel.device).view(-1, 1)
-        table = project_taps(pixels, weight, groups)
-        index = RowIndex((pixel * taps + tap).reshape(-1, taps * 4), len(table))
-        weights = corner_weight.reshape(-1, taps * 4).to(table.dtype)
-        out = weighted_row_sum(table, index, weights)
+        index = RowIndex((pixel * taps + tap).reshape(-1, taps * 4), len(pixels) * taps)
+        out = weighted_sum_of_made_rows(
+            partial(project_taps, groups=groups),
+            (pixels, weight),
+            index,
+            corner_weight.reshape(-1, taps * 4),
+        )
     return out.view(images, *out_size, len(weight)).permute(0, 3, 1, 2)
 
 
@@ -201,7 +207,9 @@ class ModulatedDeformConv(nn.Module):
         convolve = select_implementation(
             feature.device.type, torch.is_autocast_enabled(feature.device.type)
         )
-        out = convolve(
-            feature, offset, mask.sigmoid(), self.weight, self.bias, self.stride, self.groups
-        )
-        return out if self.norm is None else self.norm(out)
+        weight, bias, norm = self.weight, self.bias, self.norm
+        if isinstance(norm, FixedBatchNorm2d):
+            weight, bias = norm.fold(weight, bias)
+            norm = None
+        out = convolve(feature, offset, mask.sigmoid(), weight, bias, self.stride, self.groups)
+        return out if norm is None else norm(out)

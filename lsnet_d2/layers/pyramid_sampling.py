@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .bilinear import bilinear_corners
 from .deform_conv import project_taps, tap_offsets
-from .row_sum import RowIndex, weighted_row_sum
+from .row_sum import RowIndex, weighted_sum_of_made_rows
 
 SOURCES_PER_LEVEL = 3
 
@@ -142,8 +142,9 @@ class PyramidGrid:
             (B, A, 3 * C'), the outputs of the three sources one after the other.
         """
         pixels = flatten_levels(features)
-        table = project_taps(pixels.flatten(0, 1), weight)
-        out = weighted_row_sum(table, self._index, self._weights.to(table.dtype))
+        out = weighted_sum_of_made_rows(
+            project_taps, (pixels.flatten(0, 1), weight), self._index, self._weights
+        )
         return out.view(*pixels.shape[:2], SOURCES_PER_LEVEL * len(weight))
 
 

@@ -6,7 +6,8 @@ rows for every output, which :func:`torch.nn.functional.embedding_bag` does in o
 storing the samples.
 """
 
-from functools import cached_property
+from collections.abc import Callable
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
@@ -50,9 +51,28 @@ def weighted_row_sum(table: Tensor, index: RowIndex, weights: Tensor) -> Tensor:
     Returns:
         (M, C). Differentiable once in ``table`` and ``weights``.
     """
+    return weighted_sum_of_made_rows(lambda table: table, (table,), index, weights)
+
+
+def weighted_sum_of_made_rows(
+    make: Callable[..., Tensor], inputs: tuple[Tensor, ...], index: RowIndex, weights: Tensor
+) -> Tensor:
+    """:func:`weighted_row_sum` of a table that is larger than what it is made from.
+
+    The table is not kept for the backward pass, which makes it anew.
+
+    Args:
+        make: ``inputs`` to the table (R, C), differentiably.
+        inputs: all tensors that the table depends on.
+        index, weights: see :func:`weighted_row_sum`; weights of another dtype are converted.
+
+    Returns:
+        (M, C). Differentiable once in ``inputs`` and ``weights``.
+    """
     if not torch.is_grad_enabled():  # an operator that can be traced, of the same value
-        return _sum_rows(table, index, weights)
-    return _WeightedRowSum.apply(table, index, weights)
+        table = make(*inputs)
+        return _sum_rows(table, index, weights.to(table.dtype))
+    return _WeightedRowSum.apply(make, index, weights, *inputs)
 
 
 def _sum_rows(table: Tensor, index: RowIndex, weights: Tensor) -> Tensor:
@@ -64,26 +84,46 @@ class _WeightedRowSum(torch.autograd.Function):
     # than its forward on a CPU; the transposed sum is a forward again.
 
     @staticmethod
-    def forward(ctx, table: Tensor, index: RowIndex, weights: Tensor) -> Tensor:
-        ctx.save_for_backward(table, weights)
-        ctx.index = index
-        return _sum_rows(table, index, weights)
+    def forward(ctx, make: Callable, index: RowIndex, weights: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(weights, *inputs)
+        ctx.make, ctx.index = make, index
+        device = inputs[0].device.type
+        ctx.precision = partial(
+            torch.autocast,
+            device,
+            dtype=torch.get_autocast_dtype(device),
+            enabled=torch.is_autocast_enabled(device),
+        )
+        table = make(*inputs)
+        return _sum_rows(table, index, weights.to(table.dtype))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
-        table, weights = ctx.saved_tensors
-        index = ctx.index
+        weights, *inputs = ctx.saved_tensors
+        leaves = [
+            x.detach().requires_grad_(needed)
+            for x, needed in zip(inputs, ctx.needs_input_grad[3:], strict=True)
+        ]
+        with torch.enable_grad(), ctx.precision():
+            table = ctx.make(*leaves)
         grad = grad.contiguous()
-        grad_table = grad_weights = None
-        if ctx.needs_input_grad[0]:
-            order, sums, starts = index.transposed
-            grad_table = F.embedding_bag(
-                sums, grad, starts, mode="sum", per_sample_weights=weights.reshape(-1)[order]
-            )
+        grad_weights = None
         if ctx.needs_input_grad[2]:
             with torch.enable_grad():
                 leaf = weights.detach().requires_grad_()
-                out = _sum_rows(table, index, leaf)
+                out = _sum_rows(table.detach(), ctx.index, leaf.to(table.dtype))
             (grad_weights,) = torch.autograd.grad(out, leaf, grad)
-        return grad_table, None, grad_weights
+        if not table.requires_grad:
+            return None, None, grad_weights, *(None for _ in inputs)
+        order, sums, starts = ctx.index.transposed
+        grad_table = F.embedding_bag(
+            sums,
+            grad,
+            starts,
+            mode="sum",
+            per_sample_weights=weights.reshape(-1)[order].to(grad.dtype),
+        )
+        learned = [x for x in leaves if x.requires_grad]
+        found = iter(torch.autograd.grad(table, learned, grad_table))
+        return None, None, grad_weights, *(next(found) if x.requires_grad else None for x in leaves)

@@ -1,8 +1,9 @@
+import pytest
 import torch
 from detectron2.solver.build import get_default_optimizer_params
 from torch import nn
 
-from lsnet_d2.layers import FixedBatchNorm2d
+from lsnet_d2.layers import FixedBatchNorm2d, ModulatedDeformConv, conv_norm
 
 
 def make_reference():
@@ -60,3 +61,45 @@ def test_weights_are_those_of_batch_norm_without_the_count():
     norm.load_state_dict(published)
     assert list(norm.state_dict()) == list(published)
     assert all(torch.equal(value, published[key]) for key, value in norm.state_dict().items())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_convolution_with_the_norm_folded_in_has_its_value_and_gradients(bias):
+    norm = FixedBatchNorm2d.convert(make_reference()).double()
+    conv = nn.Conv2d(6, 4, 3, stride=2, padding=1, groups=2, bias=bias).double()
+    x = torch.randn(2, 6, 7, 8, dtype=torch.double, requires_grad=True)
+    inputs = [x, *conv.parameters(), *norm.parameters()]
+    expected, out = norm(conv(x)), conv_norm(x, conv, norm)
+    torch.testing.assert_close(out, expected)
+    grad = torch.randn_like(out)
+    for ours, theirs in zip(
+        torch.autograd.grad(out, inputs, grad),
+        torch.autograd.grad(expected, inputs, grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(4), nn.GroupNorm(2, 4), None])
+def test_other_norms_follow_the_convolution(norm):
+    conv, x = nn.Conv2d(3, 4, 3, padding=1), torch.randn(2, 3, 5, 5)
+    expected = conv(x) if norm is None else norm(conv(x))
+    assert torch.equal(conv_norm(x, conv, norm), expected)
+
+
+def test_the_norm_of_a_deformable_convolution_is_folded_in():
+    norm = FixedBatchNorm2d.convert(make_reference())
+    conv = ModulatedDeformConv(3, 4, norm=norm)
+    nn.init.normal_(conv.conv_offset.weight, std=0.1)
+    x = torch.randn(2, 3, 5, 6)
+    out = conv(x)
+    conv.norm = None
+    torch.testing.assert_close(out, norm(conv(x)))
+
+
+def test_folding_keeps_no_feature_map_but_the_input():
+    norm, conv = FixedBatchNorm2d(4), nn.Conv2d(3, 4, 1, bias=False)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x), lambda x: x):
+        conv_norm(torch.randn(2, 3, 9, 9), conv, norm)
+    assert [x.shape for x in kept if x.shape[-2:] == (9, 9)] == [(2, 3, 9, 9)]

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lsnet_d2.layers.row_sum import RowIndex, weighted_row_sum
+from lsnet_d2.layers.row_sum import RowIndex, weighted_row_sum, weighted_sum_of_made_rows
 
 
 def case(sums, terms, num_rows, channels=3):
@@ -49,3 +49,65 @@ def test_one_index_serves_several_sums():
         0, index.rows.long().flatten(), (3 * weights).flatten()[:, None].expand(-1, 3)
     )
     torch.testing.assert_close(table.grad, expected)
+
+
+def made_rows(columns, projection):
+    """Twice as many rows as there are ``columns``."""
+    return torch.cat([columns @ projection, columns @ projection.square()])
+
+
+def made_case():
+    _, index, weights = case(7, 4, 10)
+    generator = torch.Generator().manual_seed(1)
+    columns, projection = (
+        torch.randn(size, generator=generator, dtype=torch.double, requires_grad=True)
+        for size in ((5, 2), (2, 3))
+    )
+    return columns, projection, index, weights
+
+
+def test_made_rows_have_the_value_and_gradients_of_a_table():
+    columns, projection, index, weights = made_case()
+    inputs = (columns, projection, weights)
+    expected = weighted_row_sum(made_rows(columns, projection), index, weights)
+    out = weighted_sum_of_made_rows(made_rows, (columns, projection), index, weights)
+    torch.testing.assert_close(out, expected)
+    grad = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+    for ours, theirs in zip(
+        torch.autograd.grad(out, inputs, grad),
+        torch.autograd.grad(expected, inputs, grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("learned", [0, 1, 2])
+def test_made_rows_where_one_input_is_learned(learned):
+    columns, projection, index, weights = made_case()
+    inputs = [x.detach() for x in (columns, projection, weights)]
+    inputs[learned].requires_grad_()
+    weighted_sum_of_made_rows(made_rows, (*inputs[:2],), index, inputs[2]).sum().backward()
+    assert inputs[learned].grad.abs().sum() > 0
+    assert [x.grad is None for x in inputs] == [i != learned for i in range(3)]
+
+
+def test_made_rows_are_not_kept():
+    columns, projection, index, weights = made_case()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape), lambda x: x):
+        weighted_sum_of_made_rows(made_rows, (columns, projection), index, weights)
+    assert sorted(kept) == [(2, 3), (5, 2), (7, 4)]
+
+
+def test_made_rows_under_autocast():
+    columns, projection, index, weights = (
+        x.detach().float().requires_grad_() if isinstance(x, torch.Tensor) else x
+        for x in made_case()
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = weighted_sum_of_made_rows(made_rows, (columns, projection), index, weights)
+    assert out.dtype == torch.bfloat16
+    out.float().sum().backward()
+    assert {x.grad.dtype for x in (columns, projection, weights)} == {torch.float32}
+    expected = weighted_row_sum(made_rows(columns, projection), index, weights)
+    torch.testing.assert_close(out.float(), expected, rtol=0.05, atol=0.1)

@@ -17,7 +17,7 @@ from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import PathHandler
 from torch import Tensor, nn
 
-from ...layers import FixedBatchNorm2d
+from ...layers import FixedBatchNorm2d, conv_norm
 from .resnet import FIXED_NORM
 
 # Of each stage: expansion of the bottlenecks, output channels, blocks, stride, kernel size
@@ -87,9 +87,9 @@ class InvertedBottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = x
         if self._expand_conv is not None:
-            out = F.relu6(self._bn0(self._expand_conv(out)))
-        out = F.relu6(self._bn1(self._depthwise_conv(out)))
-        out = self._bn2(self._project_conv(out))
+            out = F.relu6(conv_norm(out, self._expand_conv, self._bn0))
+        out = F.relu6(conv_norm(out, self._depthwise_conv, self._bn1))
+        out = conv_norm(out, self._project_conv, self._bn2)
         return out + x if self.residual else out
 
 
@@ -161,7 +161,7 @@ class EfficientNetLite0(Backbone):
         """(B, 3, H, W) to features by name."""
         # On CPUs the depthwise convolutions are faster in this memory order.
         image = image.contiguous(memory_format=torch.channels_last)
-        x = F.relu6(self._bn0(self._conv_stem(image)))
+        x = F.relu6(conv_norm(image, self._conv_stem, self._bn0))
         features = {}
         for i, block in enumerate(self._blocks):
             x = block(x)

@@ -7,7 +7,7 @@ from detectron2.modeling.backbone import ResNet, build_resnet_backbone
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ...layers import FixedBatchNorm2d, ModulatedDeformConv
+from ...layers import FixedBatchNorm2d, ModulatedDeformConv, conv_norm
 
 FIXED_NORM = "FixedBN"
 _STAGES = 5  # the stem is the first
@@ -54,6 +54,7 @@ def finish_resnet(backbone: ResNet, cfg: CfgNode) -> ResNet:
             _make_deformable(stage)
     if resnets.NORM == FIXED_NORM:
         FixedBatchNorm2d.convert(backbone)
+        _fold_norms(backbone)
         # backbone.freeze would exchange the norms, and checkpoints lose these parameters
         for module in [backbone.stem, *backbone.stages][:freeze_at]:
             module.requires_grad_(False)
@@ -111,6 +112,33 @@ def _make_deformable(stage: nn.Module) -> None:
             )
             deformable.weight, deformable.bias = conv.weight, conv.bias
             stage.set_submodule(name, deformable)
+
+
+class FoldedConv2d(Conv2d):
+    """Detectron2's convolution, with a :class:`FixedBatchNorm2d` folded into it at each call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = conv_norm(x, self, self.norm)
+        return x if self.activation is None else self.activation(x)
+
+
+def _fold_norms(backbone: nn.Module) -> None:
+    for name, conv in list(backbone.named_modules()):
+        if isinstance(conv, Conv2d) and isinstance(conv.norm, FixedBatchNorm2d):
+            folded = FoldedConv2d(
+                conv.in_channels,
+                conv.out_channels,
+                conv.kernel_size,
+                conv.stride,
+                conv.padding,
+                conv.dilation,
+                conv.groups,
+                bias=conv.bias is not None,
+                norm=conv.norm,
+                activation=conv.activation,
+            )
+            folded.weight, folded.bias = conv.weight, conv.bias
+            backbone.set_submodule(name, folded)
 
 
 class RecomputedStage(nn.Sequential):
