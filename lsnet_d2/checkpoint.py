@@ -16,7 +16,7 @@ from .imagenet import (
     rename_backbone_key,
     some,
 )
-from .modeling.landmarks import build_branches
+from .modeling.branches import build_branches
 
 logger = logging.getLogger(__name__)
 

@@ -56,6 +56,10 @@ def add_lsnet_config(cfg: CN) -> None:
     # from: they see nearly the same. 0: all.
     cfg.MODEL.LSNET.POLISH_POSITIVES = 0
 
+    # It also predicts how good its landmarks are. Scores of detections are the class's to the power
+    # of 1 - share, times the predicted quality to the power of this share.
+    cfg.MODEL.LSNET.QUALITY_SHARE_TEST = 0.3
+
     # --- targets and losses
     # Length given to the unused side of a vector, relative to the used one.
     cfg.MODEL.LSNET.CROSS_IOU_ALPHA = 0.2
@@ -74,7 +78,9 @@ def add_lsnet_config(cfg: CN) -> None:
     # paper's for the task; 1 and 2 for every branch of a joint model.
     cfg.MODEL.LSNET.INIT_LOSS_WEIGHTS = []
     cfg.MODEL.LSNET.REFINE_LOSS_WEIGHTS = []
+    # Those of the third stage, of its landmarks and of the quality that it predicts for them.
     cfg.MODEL.LSNET.POLISH_LOSS_WEIGHT = 2.0
+    cfg.MODEL.LSNET.QUALITY_LOSS_WEIGHT = 1.0
     # Weights of the losses of corner verification: heat maps, offsets, semantic map.
     cfg.MODEL.LSNET.CPV_LOSS_WEIGHTS = [0.25, 1.0, 0.1]
     # What an object without a labelled keypoint teaches the pose. False: nothing. True: the

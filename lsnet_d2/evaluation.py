@@ -47,6 +47,13 @@ TASKS = {"pred_extreme_points": (), "pred_contours": ("segm",), "pred_keypoints"
 # "bbox" it sorts masks into small, medium and large by their own area; keypoints go by the box's.
 TASK_KEYS = {"bbox": ("bbox",), "segm": ("segmentation",), "keypoints": ("keypoints", "bbox")}
 
+# The scores by which a task ranks detections, in ``Instances`` and in the results file; others take
+# the detection's.
+SCORE_KEYS = {
+    "segm": ("contour_scores", "contour_score"),
+    "keypoints": ("pose_scores", "pose_score"),
+}
+
 # Coordinates that the results file has besides COCO's own, and to how many decimals.
 RESULT_KEYS = {"pred_extreme_points": ("extreme_points", None), "pred_contours": ("contour", 2)}
 
@@ -132,7 +139,8 @@ class LSNetEvaluator(COCOEvaluator):
     - Contours are scored as masks; they become RLEs without being drawn.
     - In pixels of the original image, the results file has ``extreme_points`` (top, left, bottom,
       right) and ``contour``, both [[x, y], ...], and COCO's ``keypoints``, which are 0.5 less
-      (indices of pixels).
+      (indices of pixels). Where masks and poses have scores of their own, it has ``contour_score``
+      and ``pose_score``, by which they are ranked.
     - The ground truth may lack ``info``, ``area``, ``iscrowd`` and ``num_keypoints``, and some
       annotations may lack keypoints. For masks, objects with a box only are regions to ignore.
       Without ``annotations``, as in COCO's files of test images, which Detectron2's loader reads
@@ -178,6 +186,10 @@ class LSNetEvaluator(COCOEvaluator):
             if "pred_keypoints" in landmarks:
                 instances.pred_keypoints = instances.pred_keypoints.clone()
             results = instances_to_coco_json(instances, image["image_id"])
+            for field, key in SCORE_KEYS.values():
+                if instances.has(field):
+                    for result, score in zip(results, instances.get(field).tolist(), strict=True):
+                        result[key] = score
             if "pred_contours" in landmarks:
                 rles = polygons_to_rle(landmarks["pred_contours"].numpy(), *instances.image_size)
                 for result, rle in zip(results, rles, strict=True):
@@ -237,10 +249,13 @@ class LSNetEvaluator(COCOEvaluator):
     ) -> COCOevalMaxDets:
         if task == "keypoints":
             self._check_keypoints(len(results[0]["keypoints"]) // 3)
-        keys = ("image_id", "category_id", "score", *TASK_KEYS[task])
+        keys = ("image_id", "category_id", *TASK_KEYS[task])
+        _, score = SCORE_KEYS.get(task, (None, "score"))
         # copies: pycocotools writes into results and annotations
         true = coco_index(GROUND_TRUTHS[task](self._coco_api))
-        found = true.loadRes([{key: result[key] for key in keys} for result in results])
+        found = true.loadRes(
+            [{**{key: r[key] for key in keys}, "score": r.get(score, r["score"])} for r in results]
+        )
         evaluation = COCOevalMaxDets(true, found, task)
         if task == "keypoints":
             evaluation.params.kpt_oks_sigmas = np.array(self._sigmas)

@@ -446,3 +446,31 @@ def test_class_that_the_data_set_lacks(coco):
     output["instances"].pred_classes[:] = 80
     with pytest.raises(UserError, match="class 80, but data set tiny_eval has classes 0 to 79"):
         evaluate_tasks(coco, ("bbox",), (image, output))
+
+
+def test_masks_and_poses_are_ranked_by_their_own_scores(coco):
+    """Two detections of each object: a wrong one that the detection's score prefers, and a right
+    one that its own score does."""
+    change_annotations(coco, add_keypoints)
+    outputs = []
+    for image_id in (1, 2):
+        image, output = predictions(image_id)
+        right = output["instances"]
+        twice = Instances.cat([right, right])
+        twice.scores = torch.tensor([0.9, 0.5])
+        twice.pred_contours = torch.cat([contour(image_id, dx=30.0), contour(image_id)])
+        twice.pred_keypoints = torch.cat([keypoints(image_id, dx=30.0), keypoints(image_id)])
+        twice.contour_scores = twice.pose_scores = torch.tensor([0.2, 0.4])
+        outputs.append((image, {"instances": twice}))
+    tasks, sigmas = ("bbox", "segm", "keypoints"), [0.05, 0.05, 0.05]
+    ranked = evaluate_tasks(coco, tasks, *outputs, kpt_oks_sigmas=sigmas)
+    for _, output in outputs:
+        output["instances"].remove("contour_scores")
+        output["instances"].remove("pose_scores")
+    by_detection = evaluate_tasks(coco, tasks, *outputs, kpt_oks_sigmas=sigmas)
+    assert by_detection["bbox"]["AP"] == ranked["bbox"]["AP"] == pytest.approx(100)
+    for task in ("segm", "keypoints"):
+        assert ranked[task]["AP"] == pytest.approx(100)
+        assert by_detection[task]["AP"] == pytest.approx(50)
+    written = json.loads((coco / "out" / "coco_instances_results.json").read_text())
+    assert [entry["score"] for entry in written[:2]] == pytest.approx([0.9, 0.5])

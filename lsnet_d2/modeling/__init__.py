@@ -1,6 +1,7 @@
 from . import backbone
+from .branches import ExtremeBranch, build_branches
 from .head import LSNetHead
-from .landmarks import ExtremeBranch, LandmarkBranch, build_branches
+from .landmarks import LandmarkBranch
 from .lsnet import LSNet
 from .test_time_augmentation import LSNetDatasetMapperTTA, LSNetWithTTA
 

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from ..layers import corner_pool
 from ..layers.pyramid_sampling import flatten_levels
 from .blocks import GROUPS, ConvNormAct, Tower, same_conv, set_prior
+from .branches import ExtremeBranch
 from .corner_targets import corner_targets, semantic_targets
 from .distributed import mean_over_workers
-from .landmarks import ExtremeBranch, LandmarkBranch
+from .landmarks import LandmarkBranch
 from .losses import gaussian_focal_loss
 from .points import AnchorPoints
 

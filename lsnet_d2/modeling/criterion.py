@@ -21,7 +21,6 @@ from .distributed import mean_over_workers
 from .head import HeadOutput
 from .landmarks import LandmarkBranch, LandmarkTargets
 from .points import AnchorPoints, points_in_boxes
-from .vectors import encode_vectors
 
 # The landmark losses are computed in units of this many cells (released code: point_base_scale).
 _BASE_SCALE = 4
@@ -109,6 +108,7 @@ class Criterion:
         init_positives: int = 1,
         atss_topk: int = 9,
         polish_positives: int = 0,
+        quality_loss_weight: float = 1.0,
         ignore_crowd: bool = True,
         corners: CornerCriterion | None = None,
     ) -> None:
@@ -122,6 +122,7 @@ class Criterion:
             atss_topk: candidates per level and object in the refine stage.
             polish_positives: anchor points of each object that teach the third stage; 0: all those
                 of the refine stage.
+            quality_loss_weight: of what the third stage predicts of the quality of its landmarks.
             ignore_crowd: leave points inside ``ignore_boxes``, and inside objects without what the
                 first branch learns, out of the losses of classes and of corner verification.
             corners: the losses of corner verification, if there is any.
@@ -136,6 +137,7 @@ class Criterion:
         self.init_positives = init_positives
         self.atss_topk = atss_topk
         self.polish_positives = polish_positives
+        self.quality_loss_weight = quality_loss_weight
         self.ignore_crowd = ignore_crowd
         self.corners = corners
 
@@ -158,6 +160,7 @@ class Criterion:
             "init_positives": cfg.MODEL.LSNET.INIT_POSITIVES,
             "atss_topk": cfg.MODEL.LSNET.ATSS_TOPK,
             "polish_positives": cfg.MODEL.LSNET.POLISH_POSITIVES,
+            "quality_loss_weight": cfg.MODEL.LSNET.QUALITY_LOSS_WEIGHT,
             "ignore_crowd": cfg.MODEL.LSNET.IGNORE_CROWD,
             "corners": CornerCriterion(cfg) if cfg.MODEL.LSNET.CPV else None,
         }
@@ -201,9 +204,7 @@ class Criterion:
                 samples.append(found)
         # The third stage goes on from what the refine stage found.
         for found in samples if polish is not None else ():
-            losses[f"loss_{found.branch.name}_polish"] = self.polish_loss(
-                points, found, polish[found.branch.name], fine
-            )
+            losses |= self.polish_losses(points, found, polish[found.branch.name], fine)
         if self.corners is not None:
             losses |= self.corners(
                 points,
@@ -377,31 +378,35 @@ class Criterion:
             normalizer=total.clamp(min=1 / comm.get_world_size()),
         )
 
-    def polish_loss(
+    def polish_losses(
         self,
         points: AnchorPoints,
         samples: BranchSamples,
         polish: nn.Module,
         fine: list[Tensor],
-    ) -> Tensor:
-        """Loss of a branch in the third stage, with its weight: the mean over its steps.
+    ) -> dict[str, Tensor]:
+        """Losses of a branch in the third stage, with their weights: means over its steps.
 
         Each step takes the landmarks of the refine stage, or of the step before, without their
-        gradient, and leaves the vector to the centre.
+        gradient. What it says of their quality is learned from what it makes of them.
         """
         if self.polish_positives:
             samples = self.thinned(samples, self.polish_positives)
         branch, positives = samples.branch, samples.positives
         anchors, stride = points.xy[positives.point], points.strides[positives.point]
-        vectors = samples.vectors.detach()
-        landmarks = branch.decode(vectors, anchors, stride)
-        losses = []
-        for number, moved in enumerate(polish(fine, positives.image, landmarks), start=1):
-            moved = encode_vectors(moved - anchors[:, None], branch.alpha)
-            moved = torch.cat([moved / stride[:, None, None], vectors[:, -1:]], dim=1)
-            loss = self.landmark_loss(points, replace(samples, vectors=moved))
-            losses.append(loss / samples.normalizer)
-            get_event_storage().put_scalar(
-                f"lsnet/{branch.name}_polish_{number}", losses[-1].detach()
+        targets = samples.targets[positives.object]
+        landmarks = branch.decode(samples.vectors.detach(), anchors, stride)
+        displacement, quality = [], []
+        for moved, predicted in polish(fine, positives.image, landmarks):
+            displacement.append(branch.displacement_loss(moved, targets).sum())
+            reached = branch.quality(moved.detach(), targets)
+            quality.append(
+                F.binary_cross_entropy_with_logits(predicted.float(), reached, reduction="sum")
             )
-        return branch.loss_weights["polish"] * torch.stack(losses).mean()
+        return {
+            f"loss_{branch.name}_{name}": weight * torch.stack(losses).mean() / samples.normalizer
+            for name, weight, losses in (
+                ("polish", branch.loss_weights["polish"], displacement),
+                ("quality", self.quality_loss_weight, quality),
+            )
+        }

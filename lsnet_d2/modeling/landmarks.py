@@ -1,7 +1,7 @@
 """The landmark branch: what an object's landmarks are, and what follows from them.
 
 A branch is a description without parameters of its own; the layers that predict its vectors are
-the head's. Everything in which boxes with extreme points, contours and poses differ is here.
+the head's. The kinds of branches are in :mod:`.branches`.
 
 Letters: G objects, N positive points, V landmarks, ``...`` any leading dimensions. Coordinates are
 x, y in pixels of the network's input image, unless said otherwise.
@@ -17,13 +17,11 @@ from detectron2.config import CfgNode
 from detectron2.structures import Instances
 from torch import Tensor
 
-from ..data.keypoints import keypoint_flip_indices
-from ..structures import ContourMasks
-from ..tasks import branch_weights
-from .losses import box_penalty, cross_iou, cross_iou_grouped, cross_iou_per_coordinate
 from .vectors import decode_vectors, encode_vectors
 
 NUM_SAMPLING_POINTS = 9
+# Displacements in the third stage have this share of the object's size for their unit.
+DISPLACEMENT_UNIT = 0.1
 
 
 @dataclass
@@ -211,10 +209,55 @@ class LandmarkBranch(ABC):
         overlap, penalty = self.overlap_and_penalty(vectors, target_vectors, boxes, targets)
         return 1 - overlap + penalty
 
-    def add_predictions(self, instances: Instances, landmarks: Tensor) -> None:
+    def freedom(self, landmarks: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the third stage may put landmarks without losing much.
+
+        Args:
+            landmarks: (N, V, 2), the true ones.
+
+        Returns:
+            Unit vectors (N, V, 2) across which a landmark must not be off, and the cost (N, V) of
+            being off along the outline, relative to across. Here both cost the same.
+        """
+        across = landmarks.new_tensor([1.0, 0.0]).expand_as(landmarks)
+        return across, torch.ones_like(landmarks[..., 0])
+
+    def displacement_loss(self, landmarks: Tensor, targets: LandmarkTargets) -> Tensor:
+        """Loss of the third stage, of each point: how far its landmarks (N, V, 2) are off.
+
+        The mean over visible landmarks of the distances along and across the outline, weighted by
+        :meth:`freedom`, in units of a share of the object's size, the larger one of the true and
+        the predicted object.
+
+        Returns:
+            (N,).
+        """
+        size = torch.maximum(
+            _diagonal(targets.boxes), _diagonal(span_boxes(landmarks.detach()))
+        ).clamp(min=1)
+        error = (landmarks - targets.landmarks) / (DISPLACEMENT_UNIT * size[:, None, None])
+        across, cost = self.freedom(targets.landmarks)
+        along = torch.stack([-across[..., 1], across[..., 0]], dim=-1)
+        distance = (error * across).sum(-1).abs() + cost * (error * along).sum(-1).abs()
+        visible = targets.visible.to(distance)
+        return (distance * visible).sum(1) / visible.sum(1).clamp(min=1)
+
+    @abstractmethod
+    def quality(self, landmarks: Tensor, targets: LandmarkTargets) -> Tensor:
+        """How good predicted landmarks (N, V, 2) are: (N,) from 0 to 1, an IOU or the like."""
+
+    def add_predictions(self, instances: Instances, landmarks: Tensor, scores: Tensor) -> None:
         """Enter predicted landmarks (N, V, 2), clipped to the image, into ``instances``, which has
-        scores, boxes and classes."""
+        scores, boxes and classes.
+
+        Args:
+            scores: (N,), of the landmarks. Those of the first branch are ``instances.scores``.
+        """
         instances.set(self.pred_field, clip_points(landmarks, instances.image_size))
+
+    def scores(self, instances: Instances) -> Tensor:
+        """(N,), the scores of the landmarks in ``instances``."""
+        return instances.scores
 
     def rescale_predictions(self, instances: Instances, scale: tuple[float, float]) -> None:
         """Multiply predicted landmarks by (scale_x, scale_y), in place, and clip them anew."""
@@ -235,227 +278,11 @@ def span_boxes(landmarks: Tensor) -> Tensor:
     return torch.cat([landmarks.amin(dim=-2), landmarks.amax(dim=-2)], dim=-1)
 
 
+def _diagonal(boxes: Tensor) -> Tensor:
+    return (boxes[:, 2:] - boxes[:, :2]).norm(dim=1)
+
+
 def spread_indices(count: int, chosen: int) -> list[int]:
     """``chosen`` of ``count`` indices, evenly spread from 0 on; all of them if there are fewer."""
     chosen = min(count, chosen)
     return [index * count // chosen for index in range(chosen)]
-
-
-class ExtremeBranch(LandmarkBranch):
-    """Top, left, bottom and right extreme points. The box lies between them.
-
-    Ground truth: ``gt_extreme_points`` (G, 4, 2) in this order, and ``gt_boxes``.
-    """
-
-    name = "bbox"
-    pred_field = "pred_extreme_points"
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(num_landmarks=4, sampling_landmarks=[0, 1, 2, 3], **kwargs)
-
-    def targets(self, instances: Instances) -> LandmarkTargets:
-        return LandmarkTargets.make(instances.gt_extreme_points, instances.gt_boxes.tensor)
-
-    def boxes(self, landmarks: Tensor) -> Tensor:
-        top, left, bottom, right = landmarks.unbind(-2)
-        return torch.stack([left[..., 0], top[..., 1], right[..., 0], bottom[..., 1]], dim=-1)
-
-    def moved_to_boxes(self, landmarks: Tensor, boxes: Tensor) -> Tensor:
-        """Extreme points (..., 4, 2) put on the sides of boxes (..., 4), to which they then lead.
-
-        Where on its side a point lies does not change, unless that is beyond the end of the side.
-        """
-        low, high = boxes[..., None, :2], boxes[..., None, 2:]
-        x, y = torch.minimum(torch.maximum(landmarks, low), high).unbind(-1)
-        x1, y1, x2, y2 = boxes.unbind(-1)
-        x = torch.stack([x[..., 0], x1, x[..., 2], x2], dim=-1)
-        y = torch.stack([y1, y[..., 1], y2, y[..., 3]], dim=-1)
-        return torch.stack([x, y], dim=-1)
-
-    def flip_indices(self, dataset_names: Sequence[str]) -> list[int]:
-        return [0, 3, 2, 1]
-
-    def overlap_and_penalty(self, vectors, target_vectors, boxes, targets):
-        overlap = cross_iou(vectors, target_vectors)
-        return overlap, box_penalty(boxes, targets.boxes, overlap)
-
-
-class ContourBranch(LandmarkBranch):
-    """Vertices along the outline. The box is what they span.
-
-    Ground truth: ``gt_contours`` (G, P, 2), vertices as
-    :func:`lsnet_d2.data.contours.resample_contour` orders them; NaN for an object without a mask,
-    from which the branch learns nothing.
-    """
-
-    name = "segm"
-    pred_field = "pred_contours"
-    # With 36 vertices the released code samples at these; its checkpoints depend on it.
-    _SAMPLING = {36: [0, 5, 10, 15, 20, 25, 30, 35]}
-    _VERTICES_PER_GROUP = 4
-
-    def __init__(self, *, num_points: int = 36, **kwargs: Any) -> None:
-        """
-        Args:
-            num_points: P, 8 to 128.
-
-        Raises:
-            ValueError: P is out of range; the message names the config's key.
-        """
-        if not 8 <= num_points <= 128:
-            raise ValueError(
-                f"MODEL.LSNET.NUM_CONTOUR_POINTS is {num_points}; it must be from 8 to 128"
-            )
-        sampling = self._SAMPLING.get(num_points, spread_indices(num_points, 8))
-        super().__init__(num_landmarks=num_points, sampling_landmarks=sampling, **kwargs)
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        return {"num_points": cfg.MODEL.LSNET.NUM_CONTOUR_POINTS}
-
-    def targets(self, instances: Instances) -> LandmarkTargets:
-        contours = instances.gt_contours
-        present = contours.isfinite().all(dim=2).all(dim=1)
-        contours = torch.where(present[:, None, None], contours, torch.zeros_like(contours))
-        return LandmarkTargets.make(contours, span_boxes(contours), present=present)
-
-    def boxes(self, landmarks: Tensor) -> Tensor:
-        return span_boxes(landmarks)
-
-    def flip_indices(self, dataset_names: Sequence[str]) -> list[int]:
-        """The first vertex stays the first, and the direction is kept."""
-        return [0, *range(self.num_landmarks - 1, 0, -1)]
-
-    def overlap_and_penalty(self, vectors, target_vectors, boxes, targets):
-        groups = self.num_landmarks // self._VERTICES_PER_GROUP
-        overlap = cross_iou_grouped(vectors, target_vectors, groups)
-        return overlap, box_penalty(boxes, targets.boxes, overlap)
-
-    def rescale_predictions(self, instances: Instances, scale: tuple[float, float]) -> None:
-        """Besides, enter the masks of the final contours, as ``pred_masks``."""
-        super().rescale_predictions(instances, scale)
-        contours = instances.get(self.pred_field)
-        instances.pred_masks = ContourMasks(contours, instances.image_size)
-
-
-class KeypointBranch(LandmarkBranch):
-    """Keypoints of a pose. The box is what they span.
-
-    Ground truth: ``gt_keypoints``, Detectron2's ``Keypoints`` (G, K, 3) with visibility 0 (not
-    labelled), 1 (hidden) or 2; the latter two are learned alike. From an object without labelled
-    keypoints the branch learns nothing, or where its centre is.
-
-    ``pred_keypoints`` is (N, K, 3): x, y, and the score of the detection; 0 for one of a class that
-    has no keypoints.
-    """
-
-    name = "pose"
-    pred_field = "pred_keypoints"
-    # Of COCO's 17 the released code samples at the left ones; its checkpoints depend on it.
-    _SAMPLING = {17: [1, 3, 5, 7, 9, 11, 13, 15]}
-
-    def __init__(
-        self,
-        *,
-        num_keypoints: int = 17,
-        classes: Sequence[int] = (),
-        train_unlabelled: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """
-        Args:
-            num_keypoints: K, at least 1.
-            classes: that have keypoints; none given: all.
-            train_unlabelled: whether an object without labelled keypoints trains the vector to
-                its centre, as in the released code. It needs another branch to give its box.
-
-        Raises:
-            ValueError: K is 0; the message names the config's key.
-        """
-        if num_keypoints < 1:
-            raise ValueError(f"MODEL.LSNET.NUM_KEYPOINTS is {num_keypoints}; it must be positive")
-        sampling = self._SAMPLING.get(num_keypoints, spread_indices(num_keypoints, 8))
-        super().__init__(num_landmarks=num_keypoints, sampling_landmarks=sampling, **kwargs)
-        self.classes = list(classes)
-        self.train_unlabelled = train_unlabelled
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        return {
-            "num_keypoints": cfg.MODEL.LSNET.NUM_KEYPOINTS,
-            "classes": cfg.MODEL.LSNET.KEYPOINT_CLASSES,
-            "train_unlabelled": cfg.MODEL.LSNET.TRAIN_UNLABELLED_POSES,
-        }
-
-    def targets(self, instances: Instances) -> LandmarkTargets:
-        keypoints = instances.gt_keypoints.tensor
-        places, visible = keypoints[..., :2], keypoints[..., 2] > 0
-        low = places.masked_fill(~visible[..., None], torch.inf).amin(dim=1)
-        high = places.masked_fill(~visible[..., None], -torch.inf).amax(dim=1)
-        labelled = visible.any(dim=1)
-        boxes = torch.cat([low, high], dim=1).masked_fill(~labelled[:, None], 0)
-        present = labelled | self.train_unlabelled
-        return LandmarkTargets.make(places, boxes, visible=visible, present=present)
-
-    def boxes(self, landmarks: Tensor) -> Tensor:
-        return span_boxes(landmarks)
-
-    def flip_indices(self, dataset_names: Sequence[str]) -> list[int]:
-        """
-        Raises:
-            ConfigError: see :func:`lsnet_d2.data.keypoints.keypoint_flip_indices`.
-        """
-        return keypoint_flip_indices(dataset_names, self.num_landmarks)
-
-    def overlap_and_penalty(self, vectors, target_vectors, boxes, targets):
-        overlap = cross_iou_per_coordinate(vectors, target_vectors, targets.visible)
-        return overlap, torch.zeros_like(overlap)
-
-    def add_predictions(self, instances: Instances, landmarks: Tensor) -> None:
-        self._enter(instances, landmarks)
-
-    def rescale_predictions(self, instances: Instances, scale: tuple[float, float]) -> None:
-        places = instances.get(self.pred_field)[..., :2]
-        self._enter(instances, places * places.new_tensor(scale))
-
-    def _enter(self, instances: Instances, places: Tensor) -> None:
-        places = clip_points(places, instances.image_size)
-        scores = instances.scores
-        if self.classes:
-            has_keypoints = torch.isin(
-                instances.pred_classes, instances.pred_classes.new_tensor(self.classes)
-            )
-            scores = scores * has_keypoints
-        scores = scores[:, None, None].expand(-1, self.num_landmarks, 1)
-        instances.set(self.pred_field, torch.cat([places, scores.to(places)], dim=2))
-
-
-BRANCHES: dict[str, type[LandmarkBranch]] = {
-    "extreme": ExtremeBranch,
-    "contour": ContourBranch,
-    "keypoint": KeypointBranch,
-}
-
-
-def build_branches(cfg: CfgNode) -> list[LandmarkBranch]:
-    """The branches of MODEL.LSNET.TASK. The first supplies boxes, the last steers classification.
-
-    Raises:
-        ValueError: see :func:`lsnet_d2.tasks.branch_weights` and the branches.
-    """
-    weights = branch_weights(cfg)
-    if cfg.MODEL.LSNET.TRAIN_UNLABELLED_POSES and next(iter(weights)) == "keypoint":
-        raise ValueError(
-            "MODEL.LSNET.TRAIN_UNLABELLED_POSES is True, but where the keypoints supply the boxes "
-            "an object without keypoints has none"
-        )
-    return [
-        BRANCHES[name](
-            alpha=cfg.MODEL.LSNET.CROSS_IOU_ALPHA,
-            init_weight=init,
-            refine_weight=refine,
-            polish_weight=cfg.MODEL.LSNET.POLISH_LOSS_WEIGHT,
-            **BRANCHES[name].from_config(cfg),
-        )
-        for name, (init, refine) in weights.items()
-    ]

@@ -4,15 +4,17 @@ from collections.abc import Sequence
 
 import torch
 from detectron2.config import configurable
+from detectron2.layers import batched_nms
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
+from .branches import build_branches
 from .corner_verification import CornerOutput, snap_boxes
 from .criterion import Criterion
 from .head import HeadOutput, LSNetHead
-from .landmarks import LandmarkBranch, build_branches
+from .landmarks import LandmarkBranch
 from .points import AnchorPoints, make_anchor_points
 from .polish import build_polish
 from .postprocessing import (
@@ -54,6 +56,7 @@ class LSNet(DenseDetector):
         test_topk_candidates: int = 1000,
         test_nms_thresh: float = 0.6,
         test_min_box_area: float = 0.0,
+        test_quality_share: float = 0.0,
         max_detections_per_image: int = 100,
         pixel_mean: list[float],
         pixel_std: list[float],
@@ -69,6 +72,7 @@ class LSNet(DenseDetector):
             polish_in_features: the backbone's features that it looks at.
             test_topk_candidates: points kept per level before NMS.
             test_min_box_area: in square pixels of the original image; detections need more.
+            test_quality_share: of the third stage's judgement in scores, as an exponent.
             input_format: channel order of the images, for visualisation.
         """
         super().__init__(
@@ -85,6 +89,7 @@ class LSNet(DenseDetector):
         self.test_topk_candidates = test_topk_candidates
         self.test_nms_thresh = test_nms_thresh
         self.test_min_box_area = test_min_box_area
+        self.test_quality_share = test_quality_share
         self.max_detections_per_image = max_detections_per_image
         self.input_format = input_format
 
@@ -112,6 +117,7 @@ class LSNet(DenseDetector):
             "test_topk_candidates": cfg.MODEL.LSNET.TOPK_CANDIDATES_TEST,
             "test_nms_thresh": cfg.MODEL.LSNET.NMS_THRESH_TEST,
             "test_min_box_area": cfg.MODEL.LSNET.MIN_BOX_AREA_TEST,
+            "test_quality_share": cfg.MODEL.LSNET.QUALITY_SHARE_TEST,
             "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
@@ -212,11 +218,39 @@ class LSNet(DenseDetector):
             max_detections=self.max_detections_per_image,
         )
         boxes, landmarks = boxes[point], [x[point] for x in landmarks]
+        landmark_scores = [scores for _ in self.branches]
         if self.polish is not None:
-            image = torch.zeros_like(point)
-            landmarks = [
-                self.polish[branch.name](fine, image, x)[-1]
-                for branch, x in zip(self.branches, landmarks, strict=True)
-            ]
-            boxes = self.branches[0].boxes(landmarks[0])
-        return make_instances(image_size, boxes, scores, classes, self.branches, landmarks)
+            landmarks, landmark_scores = self.polished(fine, landmarks, scores)
+            boxes, scores = self.branches[0].boxes(landmarks[0]), landmark_scores[0]
+            # An object found twice is now found twice at the same place.
+            kept = batched_nms(boxes, scores, classes, self.test_nms_thresh)
+            boxes, scores, classes = boxes[kept], scores[kept], classes[kept]
+            landmarks = [x[kept] for x in landmarks]
+            landmark_scores = [x[kept] for x in landmark_scores]
+        return make_instances(
+            image_size, boxes, scores, classes, self.branches, landmarks, landmark_scores
+        )
+
+    def polished(
+        self, fine: list[Tensor], landmarks: list[Tensor], scores: Tensor
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """What the third stage makes of the D detections of an image.
+
+        Args:
+            fine: each (1, C, H, W), the feature maps that it looks at.
+            landmarks: per branch (D, V, 2).
+            scores: (D,), of the classes.
+
+        Returns:
+            Per branch landmarks, and (D,) their scores.
+        """
+        image = torch.zeros(len(scores), dtype=torch.long, device=scores.device)
+        moved, moved_scores = [], []
+        for branch, places in zip(self.branches, landmarks, strict=True):
+            places, quality = self.polish[branch.name](fine, image, places)[-1]
+            quality = quality.float().sigmoid()
+            moved.append(places)
+            moved_scores.append(
+                scores ** (1 - self.test_quality_share) * quality**self.test_quality_share
+            )
+        return moved, moved_scores

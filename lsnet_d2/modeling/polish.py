@@ -4,8 +4,10 @@ The paper's two stages predict all landmarks of an anchor point at once, and the
 nine places. Here each landmark is a token: the features under it, where it is in the object, and
 which one it is. Self-attention (arXiv 1706.03762) lets the tokens of an object agree, and each then
 says how far it moves. That is done in steps with weights of their own: the better the landmarks
-are, the more the features under them say (as in Deep Snake, arXiv 2001.01629). Since it runs on the
-positives of training and on final detections alone, it costs little.
+are, the more the features under them say (as in Deep Snake, arXiv 2001.01629). Together the tokens
+say how good the landmarks are now, for the score of the detection (as in Mask Scoring R-CNN, arXiv
+1903.00241). Since it runs on the positives of training and on final detections alone, it costs
+little.
 
 Letters: N points, V landmarks, C channels.
 """
@@ -18,15 +20,13 @@ from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
 from ..layers import sample_features
-from .landmarks import LandmarkBranch
+from .landmarks import DISPLACEMENT_UNIT, LandmarkBranch
 
 _HEADS = 4
-# Displacements are predicted in units of this share of the object's size.
-_STEP = 0.1
 
 
 class PolishStep(nn.Module):
-    """Moves the landmarks of one branch once."""
+    """Moves the landmarks of one branch once, and says how good they are then."""
 
     def __init__(
         self,
@@ -56,11 +56,14 @@ class PolishStep(nn.Module):
         self.layers = nn.TransformerEncoder(layer, num_layers, enable_nested_tensor=False)
         self.norm = nn.LayerNorm(channels)
         self.out = nn.Linear(channels, 2)
+        self.quality = nn.Linear(channels, 1)
         # At first nothing moves.
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, features: list[Tensor], image: Tensor, landmarks: Tensor) -> Tensor:
+    def forward(
+        self, features: list[Tensor], image: Tensor, landmarks: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """
         Args:
             features: per stride (B, C, H, W).
@@ -68,7 +71,8 @@ class PolishStep(nn.Module):
             landmarks: (N, V, 2) in pixels of the network's input.
 
         Returns:
-            (N, V, 2), the moved landmarks.
+            The moved landmarks (N, V, 2), and their quality (N,) as logits; see
+            :meth:`.LandmarkBranch.quality`.
         """
         low, high = landmarks.amin(dim=1), landmarks.amax(dim=1)
         size = (high - low).norm(dim=1).clamp(min=1)[:, None, None]
@@ -81,8 +85,9 @@ class PolishStep(nn.Module):
             dim=2,
         )
         tokens = self.appearance(sampled) + self.place(place.to(sampled)) + self.identity
-        moves = self.out(self.norm(self.layers(tokens)))
-        return landmarks + _STEP * size * moves.to(landmarks)
+        tokens = self.norm(self.layers(tokens))
+        moves = DISPLACEMENT_UNIT * size * self.out(tokens).to(landmarks)
+        return landmarks + moves, self.quality(tokens.mean(dim=1))[:, 0]
 
 
 class LandmarkPolish(nn.Module):
@@ -101,18 +106,21 @@ class LandmarkPolish(nn.Module):
             PolishStep(num_landmarks, in_channels, strides) for _ in range(num_steps)
         )
 
-    def forward(self, features: list[Tensor], image: Tensor, landmarks: Tensor) -> list[Tensor]:
+    def forward(
+        self, features: list[Tensor], image: Tensor, landmarks: Tensor
+    ) -> list[tuple[Tensor, Tensor]]:
         """
         Args:
             features, image, landmarks: see :meth:`PolishStep.forward`.
 
         Returns:
-            The landmarks after each step. No gradient flows from a step to those before.
+            The landmarks after each step and their quality. No gradient flows from a step to those
+            before.
         """
         moved = []
         for step in self.steps:
             moved.append(step(features, image, landmarks))
-            landmarks = moved[-1].detach()
+            landmarks = moved[-1][0].detach()
         return moved
 
 
@@ -126,8 +134,8 @@ def build_polish(
         shapes: of the backbone's features.
 
     Raises:
-        ValueError: the backbone has no such feature, there is no step, or the number of positives
-            is negative; the message names the key.
+        ValueError: the backbone has no such feature, there is no step, the number of positives is
+            negative, or the share of the quality is none; the message names the key.
     """
     names = list(cfg.MODEL.LSNET.POLISH_IN_FEATURES)
     if not names:
@@ -139,6 +147,11 @@ def build_polish(
     num_steps = cfg.MODEL.LSNET.POLISH_STEPS
     if num_steps < 1:
         raise ValueError(f"MODEL.LSNET.POLISH_STEPS is {num_steps}; it must be positive")
+    if not 0 <= cfg.MODEL.LSNET.QUALITY_SHARE_TEST <= 1:
+        raise ValueError(
+            f"MODEL.LSNET.QUALITY_SHARE_TEST is {cfg.MODEL.LSNET.QUALITY_SHARE_TEST}; it must be "
+            "from 0 to 1"
+        )
     if cfg.MODEL.LSNET.POLISH_POSITIVES < 0:
         raise ValueError(
             f"MODEL.LSNET.POLISH_POSITIVES is {cfg.MODEL.LSNET.POLISH_POSITIVES}; it must be "

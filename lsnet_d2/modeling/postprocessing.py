@@ -65,6 +65,7 @@ def make_instances(
     classes: Tensor,
     branches: list[LandmarkBranch],
     landmarks: list[Tensor],
+    landmark_scores: list[Tensor] | None = None,
 ) -> Instances:
     """Detections of one image in pixels of the network's input, clipped to ``image_size``.
 
@@ -73,14 +74,17 @@ def make_instances(
         boxes: (D, 4) XYXY.
         scores, classes: (D,).
         landmarks: per branch (D, V, 2).
+        landmark_scores: per branch (D,); None: ``scores``.
     """
     instances = Instances(image_size)
     instances.pred_boxes = Boxes(boxes)
     instances.pred_boxes.clip(image_size)
     instances.scores = scores
     instances.pred_classes = classes
-    for branch, points in zip(branches, landmarks, strict=True):
-        branch.add_predictions(instances, points)
+    if landmark_scores is None:
+        landmark_scores = [scores] * len(branches)
+    for branch, points, own in zip(branches, landmarks, landmark_scores, strict=True):
+        branch.add_predictions(instances, points, own)
     return instances
 
 

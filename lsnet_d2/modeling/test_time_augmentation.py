@@ -235,6 +235,7 @@ class LSNetWithTTA(nn.Module):
             instances.scores,
             instances.pred_classes,
         )
+        own_scores = None  # what is averaged has one score
         if self.method == "vote":
             detections = vote(
                 *detections, iou_thresh=self.vote_iou, score_thresh=self.model.test_score_thresh
@@ -242,10 +243,13 @@ class LSNetWithTTA(nn.Module):
         else:
             boxes, _, scores, classes = detections
             kept = batched_nms(boxes, scores, classes, self.model.test_nms_thresh)
+            kept = kept[: self.max_detections_per_image]
             detections = [values[kept] for values in detections]
+            own_scores = [branch.scores(instances)[kept] for branch in branches]
         boxes, landmarks, scores, classes = (x[: self.max_detections_per_image] for x in detections)
+        landmarks = landmarks.split(counts, dim=1)
         return make_instances(
-            instances.image_size, boxes, scores, classes, branches, landmarks.split(counts, dim=1)
+            instances.image_size, boxes, scores, classes, branches, landmarks, own_scores
         )
 
 
@@ -283,7 +287,13 @@ def map_back(
         landmarks.append(torch.from_numpy(moved).view(points.shape))
     boxes = torch.from_numpy(inverse.apply_box(instances.pred_boxes.tensor.numpy()))
     return make_instances(
-        size, boxes, instances.scores, instances.pred_classes, branches, landmarks
+        size,
+        boxes,
+        instances.scores,
+        instances.pred_classes,
+        branches,
+        landmarks,
+        [branch.scores(instances) for branch in branches],
     )
 
 

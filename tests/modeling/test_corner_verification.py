@@ -10,6 +10,7 @@ from parity import DIRECTORY, Recorded
 from tiny_model import make_input, tiny_model
 
 from lsnet_d2.layers.pyramid_sampling import flatten_levels
+from lsnet_d2.modeling.branches import ExtremeBranch
 from lsnet_d2.modeling.corner_verification import (
     OFFSET_BETA,
     CornerCriterion,
@@ -18,7 +19,6 @@ from lsnet_d2.modeling.corner_verification import (
     snap_boxes,
 )
 from lsnet_d2.modeling.head import LSNetHead
-from lsnet_d2.modeling.landmarks import ExtremeBranch
 from lsnet_d2.modeling.points import make_anchor_points
 from lsnet_d2.modeling.postprocessing import clip_boxes
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from lsnet_d2.layers import ModulatedDeformConv
+from lsnet_d2.modeling.branches import ExtremeBranch
 from lsnet_d2.modeling.head import LSNetHead
-from lsnet_d2.modeling.landmarks import ExtremeBranch
 
 SIZES = [(12, 16), (6, 8), (3, 4), (2, 2), (1, 1)]
 NUM_POINTS = sum(h * w for h, w in SIZES)

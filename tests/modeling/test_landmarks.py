@@ -1,269 +1,149 @@
+import math
+
 import pytest
 import torch
-from detectron2.structures import Boxes, Instances, Keypoints
-from parity import Recorded
-from tiny_model import tiny_cfg
+from hypothesis import given
+from hypothesis import strategies as st
 
-from lsnet_d2.layers.deform_conv import tap_offsets
-from lsnet_d2.modeling.landmarks import (
-    ContourBranch,
-    ExtremeBranch,
-    KeypointBranch,
-    LandmarkTargets,
-    build_branches,
-    span_boxes,
+from lsnet_d2.modeling.branches import ContourBranch, ExtremeBranch, KeypointBranch
+from lsnet_d2.modeling.landmarks import LandmarkTargets, span_boxes
+
+# 30 x 40 pixels, with a diagonal of 50: displacements count in units of 5 pixels
+EXTREMES = torch.tensor([[[10.0, 0.0], [0.0, 20.0], [20.0, 40.0], [30.0, 10.0]]])
+# A square of 10 pixels, its corners and the middles of its sides
+SQUARE = 5.0 * torch.tensor(
+    [[[0, 0], [1, 0], [2, 0], [2, 1], [2, 2], [1, 2], [0, 2], [0, 1]]], dtype=torch.float32
 )
-from lsnet_d2.modeling.vectors import encode_vectors
 
 
-def channels_last(recorded, key, width):
-    """A recorded map (B, C, H, W) as (B, H, W, C / width, width)."""
-    return recorded[key].unflatten(1, (-1, width)).permute(0, 3, 4, 1, 2)
+def targets(landmarks, **kwargs):
+    return LandmarkTargets.make(landmarks, span_boxes(landmarks), **kwargs)
 
 
-class TestExtremeBranch:
-    def test_sampling_points_are_those_of_the_released_code(self, parity):
-        recorded = Recorded("comp_head_decode.npz", "bbox.")
-        vectors = channels_last(recorded, "softplus", 4)
-        free = recorded["raw_init"][:, 20:].unflatten(1, (4, 2)).permute(0, 3, 4, 1, 2).flip(-1)
-        points = ExtremeBranch().sampling_points(vectors, free)
-        expected = channels_last(recorded, "kernel_points_yx", 2).flip(-1)
-        parity.to_largest("sampling places", points, expected, within=1e-6)
-        offsets = channels_last(recorded, "dcn_offset", 2).flip(-1)
-        moved = points - tap_offsets(3)
-        parity.to_largest("sampling offsets", moved, offsets, within=1e-6)
-
-    def test_boxes_are_those_of_the_released_code(self, parity):
-        recorded = Recorded("comp_head_decode.npz", "bbox.")
-        branch = ExtremeBranch()
-        vectors = channels_last(recorded, "softplus", 4)
-        origin = torch.zeros(*vectors.shape[:-2], 2)
-        boxes = branch.boxes(branch.decode(vectors, origin, torch.ones(vectors.shape[:-2])))
-        expected = recorded["boxes"].permute(0, 2, 3, 1)
-        parity.to_largest("boxes of landmarks", boxes, expected, within=1e-6)
-
-    def test_targets_end_with_the_centre_of_the_box(self):
-        instances = Instances((100, 100))
-        instances.gt_boxes = Boxes(torch.tensor([[10.0, 20.0, 30.0, 60.0]]))
-        instances.gt_extreme_points = torch.arange(8.0).view(1, 4, 2)
-        targets = ExtremeBranch().targets(instances)
-        assert targets.points[0, :4].tolist() == torch.arange(8.0).view(4, 2).tolist()
-        assert targets.points[0, 4].tolist() == [20.0, 40.0]
-
-    def test_loss_of_a_perfect_prediction_is_zero_in_any_unit(self):
-        branch = ExtremeBranch()
-        landmarks = torch.tensor([[[20.0, 5.0], [5.0, 30.0], [25.0, 50.0], [40.0, 28.0]]])
-        targets = LandmarkTargets.make(landmarks, branch.boxes(landmarks))
-        anchors = torch.tensor([[16.0, 24.0]])
-        vectors = encode_vectors(targets.points - anchors[:, None], branch.alpha)
-        for unit in (1.0, 32.0):
-            loss = branch.loss(vectors, targets, anchors, torch.tensor([unit]))
-            assert loss.item() == pytest.approx(0, abs=1e-5)
-        assert branch.loss(vectors * 1.5, targets, anchors, torch.tensor([32.0])).item() > 0.3
-
-    def test_predictions_are_clipped_and_rescaled(self):
-        instances = Instances((50, 100))
-        landmarks = torch.tensor([[[20.0, -5.0], [5.0, 30.0], [25.0, 60.0], [140.0, 28.0]]])
-        branch = ExtremeBranch()
-        branch.add_predictions(instances, landmarks)
-        clipped = [[20.0, 0.0], [5.0, 30.0], [25.0, 50.0], [100.0, 28.0]]
-        assert instances.pred_extreme_points[0].tolist() == clipped
-        larger = Instances((100, 300), pred_extreme_points=instances.pred_extreme_points)
-        branch.rescale_predictions(larger, (3.0, 2.0))
-        assert larger.pred_extreme_points[0].tolist() == [[3 * x, 2 * y] for x, y in clipped]
+def moved(landmarks, index, x, y):
+    landmarks = landmarks.clone()
+    landmarks[:, index] += torch.tensor([x, y])
+    return landmarks
 
 
-@pytest.mark.parametrize(
-    ("recording", "branch"), [("segm.", ContourBranch()), ("pose_bbox.", KeypointBranch())]
-)
-class TestContourAndKeypointBranch:
-    def test_sampling_points_are_those_of_the_released_code(self, parity, recording, branch):
-        recorded = Recorded("comp_head_decode.npz", recording)
-        vectors = channels_last(recorded, "softplus", 4)
-        points = branch.sampling_points(vectors, vectors.new_zeros(*vectors.shape[:-2], 0, 2))
-        expected = channels_last(recorded, "kernel_points_yx", 2).flip(-1)
-        parity.to_largest("sampling places", points, expected, within=1e-6)
-
-    def test_landmarks_and_boxes_are_those_of_the_released_code(self, parity, recording, branch):
-        recorded = Recorded("comp_head_decode.npz", recording)
-        vectors = channels_last(recorded, "softplus", 4)
-        origin = torch.zeros(*vectors.shape[:-2], 2)
-        landmarks = branch.decode(vectors, origin, torch.ones(vectors.shape[:-2]))
-        expected = channels_last(recorded, "landmarks_xy", 2)
-        parity.to_largest("decoded landmarks", landmarks, expected, within=1e-6)
-        expected = recorded["boxes"].permute(0, 2, 3, 1)
-        boxes = branch.boxes(landmarks)
-        parity.to_largest("boxes of landmarks", boxes, expected, within=1e-6)
-
-    def test_loss_of_a_perfect_prediction_is_zero_in_any_unit(self, recording, branch):
-        generator = torch.Generator().manual_seed(0)
-        landmarks = torch.rand(2, branch.num_landmarks, 2, generator=generator) * 50 + 5
-        targets = LandmarkTargets.make(landmarks, span_boxes(landmarks))
-        anchors = torch.tensor([[16.0, 24.0], [40.0, 8.0]])
-        vectors = encode_vectors(targets.points - anchors[:, None], branch.alpha)
-        for unit in (1.0, 32.0):
-            loss = branch.loss(vectors, targets, anchors, torch.full((2,), unit))
-            assert loss.tolist() == pytest.approx([0, 0], abs=1e-5)
-            worse = branch.loss(vectors * 1.5, targets, anchors, torch.full((2,), unit))
-            assert (worse > 0.3).all()
+def regular(sides, angle=0.0):
+    turn = torch.arange(sides) * 2 * math.pi / sides + angle
+    return torch.stack([turn.cos(), turn.sin()], dim=-1)[None]
 
 
-class TestContourBranch:
-    @pytest.mark.parametrize("num_points", [8, 9, 17, 36, 64, 128])
-    def test_samples_at_eight_vertices_and_the_centre(self, num_points):
-        branch = ContourBranch(num_points=num_points)
-        assert branch.num_free_points == 0
-        chosen = branch.sampling_landmarks
-        assert chosen == sorted(set(chosen)) and len(chosen) == 8 and chosen[-1] < num_points
-
-    @pytest.mark.parametrize("num_points", [7, 129])
-    def test_number_of_vertices_is_limited(self, num_points):
-        with pytest.raises(ValueError, match=r"NUM_CONTOUR_POINTS.*8 to 128"):
-            ContourBranch(num_points=num_points)
-
-    def test_objects_without_a_contour_are_absent(self):
-        instances = Instances((100, 100))
-        contours = torch.rand(3, 36, 2) * 50
-        contours[1] = torch.nan
-        instances.gt_contours = contours
-        targets = ContourBranch().targets(instances)
-        assert targets.present.tolist() == [True, False, True]
-        assert targets.points.isfinite().all()
-        assert torch.equal(targets.boxes[2], span_boxes(contours[2]))
-
-    def test_masks_are_those_of_the_rescaled_contours(self):
-        branch = ContourBranch(num_points=8)
-        square = [[10, 5], [5, 5], [5, 10], [5, 15], [10, 15], [15, 15], [15, 10], [15, 5]]
-        instances = Instances((20, 20), pred_contours=torch.tensor([square], dtype=torch.float32))
-        branch.rescale_predictions(instances, (1.0, 0.5))
-        (mask,) = instances.pred_masks
-        assert mask.sum() == 10 * 5 and mask[3:7, 5:15].all()
-
-
-class TestKeypointBranch:
-    def targets(self, visibility, **kwargs):
-        keypoints = torch.arange(6.0).view(1, 3, 2).repeat(len(visibility), 1, 1)
-        keypoints = torch.cat([keypoints, torch.tensor(visibility)[..., None].float()], dim=2)
-        instances = Instances((100, 100), gt_keypoints=Keypoints(keypoints))
-        return KeypointBranch(num_keypoints=3, **kwargs).targets(instances)
-
-    def test_box_is_that_of_labelled_keypoints(self):
-        targets = self.targets([[2, 1, 0], [0, 2, 0], [0, 0, 0]])
-        assert targets.boxes.tolist() == [[0, 1, 2, 3], [2, 3, 2, 3], [0, 0, 0, 0]]
-        assert targets.visible.tolist() == [
-            [True, True, False],
-            [False, True, False],
-            [False, False, False],
-        ]
-
-    def test_objects_without_labelled_keypoints_are_absent_unless_wanted(self):
-        assert self.targets([[0, 1, 0], [0, 0, 0]]).present.tolist() == [True, False]
-        targets = self.targets([[0, 1, 0], [0, 0, 0]], train_unlabelled=True)
-        assert targets.present.tolist() == [True, True]
+class TestDisplacementLoss:
+    def test_nothing_is_lost_at_the_right_places(self):
+        assert ExtremeBranch().displacement_loss(EXTREMES, targets(EXTREMES)).tolist() == [0]
 
     @pytest.mark.parametrize(
-        ("count", "free"), [(1, 7), (5, 3), (8, 0), (13, 0), (17, 0), (133, 0)]
-    )
-    def test_any_number_of_keypoints(self, count, free):
-        branch = KeypointBranch(num_keypoints=count)
-        assert branch.num_free_points == free
-        assert max(branch.sampling_landmarks) < count
-
-    def test_predictions_are_rescaled_and_have_the_score_of_the_detection(self):
-        branch = KeypointBranch(num_keypoints=2)
-        instances = Instances((50, 100), scores=torch.tensor([0.7]))
-        branch.add_predictions(instances, torch.tensor([[[20.0, -5.0], [140.0, 28.0]]]))
-        assert instances.pred_keypoints[0].flatten().tolist() == pytest.approx(
-            [20, 0, 0.7, 100, 28, 0.7]
-        )
-        branch.rescale_predictions(instances, (0.5, 0.5))
-        assert instances.pred_keypoints[0, :, :2].tolist() == [[10, 0], [50, 14]]
-
-    def test_keypoints_of_classes_without_any_score_nothing(self):
-        branch = KeypointBranch(num_keypoints=2, classes=[1])
-        scores, classes = torch.tensor([0.7, 0.6]), torch.tensor([0, 1])
-        instances = Instances((50, 100), scores=scores, pred_classes=classes)
-        branch.add_predictions(instances, torch.zeros(2, 2, 2))
-        assert instances.pred_keypoints[..., 2].tolist() == [[0, 0], pytest.approx([0.6, 0.6])]
-
-    def test_needs_a_keypoint(self):
-        with pytest.raises(ValueError, match="NUM_KEYPOINTS is 0"):
-            KeypointBranch(num_keypoints=0)
-
-
-class TestBuildBranches:
-    def test_task(self):
-        (branch,) = build_branches(tiny_cfg(CROSS_IOU_ALPHA=0.3))
-        assert isinstance(branch, ExtremeBranch) and branch.alpha == 0.3
-        assert branch.num_vectors == 5 and branch.num_free_points == 4
-
-    @pytest.mark.parametrize(
-        ("task", "expected"),
+        ("index", "x", "y", "loss"),
         [
-            ("segm", {"segm": (1, 2)}),
-            ("pose_bbox", {"bbox": (0.1, 0.2), "pose": (1, 2)}),
-            ("pose_kbox", {"pose": (1, 2)}),
+            # of four points, in units of 5 pixels; sliding along a side costs a quarter
+            (0, 0.0, 5.0, 1 / 4),
+            (0, 5.0, 0.0, 1 / 16),
+            (1, 5.0, 0.0, 1 / 4),
+            (1, 0.0, 5.0, 1 / 16),
+            (3, -2.5, 5.0, 1 / 8 + 1 / 16),
         ],
     )
-    def test_tasks_have_the_weights_of_the_paper(self, task, expected):
-        branches = build_branches(tiny_cfg(TASK=task))
-        weights = {b.name: (b.loss_weights["init"], b.loss_weights["refine"]) for b in branches}
-        assert weights == expected
+    def test_extreme_points(self, index, x, y, loss):
+        found = ExtremeBranch().displacement_loss(moved(EXTREMES, index, x, y), targets(EXTREMES))
+        assert found.item() == pytest.approx(loss)
 
-    def test_joint_takes_sizes_and_weights_from_the_config(self):
-        extreme, contour, keypoint = build_branches(
-            tiny_cfg(
-                TASK="joint",
-                BRANCHES=["extreme", "contour", "keypoint"],
-                NUM_CONTOUR_POINTS=24,
-                NUM_KEYPOINTS=13,
-                INIT_LOSS_WEIGHTS=[0.5, 1.0, 2.0],
+    def test_visible_keypoints_count_in_all_directions_alike(self):
+        branch = KeypointBranch(num_keypoints=4)
+        visible = torch.tensor([[True, True, True, False]])
+        true = targets(EXTREMES, visible=visible)
+        found = branch.displacement_loss(moved(EXTREMES, 1, 5.0, -2.5), true)
+        assert found.item() == pytest.approx(1.5 / 3)
+        assert branch.displacement_loss(moved(EXTREMES, 3, -5.0, 2.0), true).item() == 0
+        invisible = targets(EXTREMES, visible=torch.zeros_like(visible))
+        assert branch.displacement_loss(moved(EXTREMES, 1, 5.0, 0.0), invisible).item() == 0
+
+    @pytest.mark.parametrize(
+        ("index", "x", "y", "pixels"),
+        [
+            (1, 0.0, 1.0, 1.0),  # out of the side
+            (1, 1.0, 0.0, 0.25),  # along it
+            # at a right angle the chord is 1 / sqrt(2) of the edges
+            (0, 0.5, 0.5, math.sqrt(0.5)),  # into the corner, across the chord
+            (0, 0.5, -0.5, math.sqrt(0.5) * (1 - 0.75 * math.sqrt(0.5))),
+        ],
+    )
+    def test_vertices_of_a_contour(self, index, x, y, pixels):
+        branch = ContourBranch(num_points=8)
+        unit = 0.1 * 10 * math.sqrt(2)
+        found = branch.displacement_loss(moved(SQUARE, index, x, y), targets(SQUARE))
+        # where the vertex enlarges the box, so does the unit
+        assert found.item() == pytest.approx(pixels / unit / 8, rel=0.06)
+
+    def test_what_is_predicted_far_too_large_has_its_own_unit(self):
+        found = KeypointBranch(num_keypoints=4).displacement_loss(100 * EXTREMES, targets(EXTREMES))
+        unit = 0.1 * 100 * 50
+        assert found.item() == pytest.approx(99 * EXTREMES.sum(2).mean().item() / unit)
+
+    def test_vertices_between_equal_ones_are_learned_in_all_directions(self):
+        same = torch.full((1, 8, 2), 3.0)
+        branch = ContourBranch(num_points=8)
+        found = branch.displacement_loss(moved(same, 2, 0.3, -0.4), targets(same))
+        # of eight vertices; a unit is a tenth of the least size, a pixel
+        assert found.item() == pytest.approx(0.7 / 0.1 / 8)
+
+    @given(
+        scale=st.floats(1, 20),
+        angle=st.floats(0, 2 * math.pi),
+        shift=st.tuples(st.floats(-100, 100), st.floats(-100, 100)),
+        seed=st.integers(0, 1000),
+    )
+    def test_contours_of_any_size_and_place(self, scale, angle, shift, seed):
+        generator = torch.Generator().manual_seed(seed)
+        # points on two circles about one centre, whose boxes have the same diagonal at any angle
+        true = 10 * regular(36).double()
+        found = true + torch.rand(1, 36, 2, generator=generator, dtype=torch.float64) - 0.5
+        turn = torch.tensor(
+            [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
+        ).double()
+        branch = ContourBranch()
+        losses = [
+            branch.displacement_loss(p, targets(t)).item()
+            for p, t in (
+                (found, true),
+                tuple(scale * x @ turn.T + torch.tensor(shift).double() for x in (found, true)),
             )
+        ]
+        assert losses[1] == pytest.approx(losses[0], rel=0.1)  # boxes change with the angle
+
+
+class TestQuality:
+    def test_of_boxes_is_their_iou(self):
+        branch = ExtremeBranch()
+        true = targets(EXTREMES)
+        assert branch.quality(EXTREMES, true).item() == 1
+        # 3 pixels lower: 37 rows of 43 in common
+        assert branch.quality(EXTREMES + torch.tensor([0.0, 3.0]), true).item() == pytest.approx(
+            37 / 43
         )
-        assert (extreme.num_landmarks, contour.num_landmarks, keypoint.num_landmarks) == (4, 24, 13)
-        assert keypoint.loss_weights == {"init": 2.0, "refine": 2.0, "polish": 2.0}
+        assert branch.quality(-EXTREMES, true).item() == 0
 
-    def test_unlabelled_poses_need_boxes(self):
-        with pytest.raises(ValueError, match="TRAIN_UNLABELLED_POSES"):
-            build_branches(tiny_cfg(TASK="pose_kbox", TRAIN_UNLABELLED_POSES=True))
+    @pytest.mark.parametrize("sign", [1, -1])
+    @pytest.mark.parametrize(("size", "iou"), [(10.0, 1.0), (11.0, 100 / 121), (9.0, 81 / 100)])
+    def test_of_contours_is_near_the_iou(self, size, iou, sign):
+        true = SQUARE - 5
+        true = true if sign > 0 else true.flip(1)  # either direction
+        found = ContourBranch(num_points=8).quality(true * size / 10, targets(true))
+        assert found.item() == pytest.approx(iou, abs=0.01)
 
-    def test_unknown_task_names_the_key(self):
-        with pytest.raises(ValueError, match=r"MODEL\.LSNET\.TASK is 'boxes'.*bbox"):
-            build_branches(tiny_cfg(TASK="boxes"))
+    def test_of_contours_that_slide_along_the_outline(self):
+        true = 10 * regular(128)
+        found = ContourBranch(num_points=128).quality(10 * regular(128, 0.01), targets(true))
+        assert found.item() == pytest.approx(1, abs=2e-4)
 
-    @pytest.mark.parametrize("names", [[], ["extreme", "extreme"], ["masks"]])
-    def test_unknown_branches_name_the_key(self, names):
-        with pytest.raises(ValueError, match=r"MODEL\.LSNET\.BRANCHES"):
-            build_branches(tiny_cfg(TASK="joint", BRANCHES=names))
+    def test_of_contours_elsewhere_is_zero(self):
+        assert ContourBranch(num_points=8).quality(SQUARE + 50, targets(SQUARE)).item() == 0
 
-    def test_number_of_weights_must_be_that_of_branches(self):
-        with pytest.raises(ValueError, match=r"MODEL\.LSNET\.INIT_LOSS_WEIGHTS.*extreme"):
-            build_branches(tiny_cfg(INIT_LOSS_WEIGHTS=[1.0, 2.0]))
-
-
-def test_extreme_points_move_to_the_sides_of_boxes():
-    branch = ExtremeBranch()
-    points = torch.tensor([[[30.0, 10], [20, 15], [70, 90], [80, 40]]])  # top, left, bottom, right
-    assert torch.equal(branch.moved_to_boxes(points, branch.boxes(points)), points)
-    boxes = torch.tensor([[22.0, 18, 60, 99]])
-    moved = branch.moved_to_boxes(points, boxes)
-    assert moved.tolist() == [[[30, 18], [22, 18], [60, 99], [60, 40]]]
-    assert torch.equal(branch.boxes(moved), boxes)
-    assert branch.moved_to_boxes(points[:0], boxes[:0]).shape == (0, 4, 2)
-
-
-@pytest.mark.parametrize(
-    ("branch", "key", "mirrored"),
-    [
-        (ExtremeBranch(), "extremes", "extremes8"),
-        (ContourBranch(), "polygons", "polygons"),
-        (KeypointBranch(), "keypoints", "keypoints34"),
-    ],
-)
-def test_order_in_a_mirrored_image_is_that_of_the_released_code(parity, branch, key, mirrored):
-    recorded = Recorded("comp_flip.npz")
-    points = recorded[key].float().unflatten(1, (-1, 3 if key == "keypoints" else 2))
-    points = points[:, branch.flip_indices(["keypoints_coco_2017_val"]), :2]
-    points[..., 0] = recorded["img_hw"][1] - points[..., 0]
-    expected = recorded[f"test.horizontal.{mirrored}"].unflatten(1, (-1, 2))
-    parity.absolute("landmarks of a mirrored image", points, expected, within=1e-4, unit="px")
+    def test_of_poses_is_the_similarity_of_visible_keypoints(self):
+        branch = KeypointBranch(num_keypoints=4)
+        true = targets(EXTREMES, visible=torch.tensor([[True, False, True, True]]))
+        found = branch.quality(moved(moved(EXTREMES, 1, 9.0, 9.0), 0, 3.0, -4.0), true)
+        similarity = math.exp(-(3**2 + 4**2) / (2 * (2 * 0.07) ** 2 * 30 * 40))
+        assert found.item() == pytest.approx((similarity + 2) / 3)

@@ -13,6 +13,15 @@ def polished_model(**lsnet):
     return tiny_model(TASK="joint", BRANCHES=BRANCHES, POLISH_IN_FEATURES=["p3", "p4"], **lsnet)
 
 
+def detecting_model(**lsnet):
+    """Finds boxes around all points, from two cells above and left to two below and right."""
+    model = polished_model(SCORE_THRESH_TEST=0.0, TOPK_CANDIDATES_TEST=50, **lsnet).eval()
+    outwards = torch.zeros(5, 4)
+    outwards[[0, 1, 2, 3], [0, 2, 1, 3]] = 2.0
+    model.head.branches["bbox"].refine.out.bias.data = outwards.flatten()
+    return model
+
+
 def losses_of(model, inputs):
     with EventStorage():
         return model(inputs)
@@ -22,8 +31,11 @@ def test_nothing_moves_at_first():
     polish = PolishStep(5, 8, [4])
     landmarks = torch.rand(3, 5, 2) * 30
     features, image = [torch.randn(2, 8, 10, 10)], torch.tensor([0, 1, 1])
-    torch.testing.assert_close(polish(features, image, landmarks), landmarks)
-    assert polish(features, image[:0], landmarks[:0]).shape == (0, 5, 2)
+    moved, quality = polish(features, image, landmarks)
+    torch.testing.assert_close(moved, landmarks)
+    assert quality.shape == (3,)
+    moved, quality = polish(features, image[:0], landmarks[:0])
+    assert moved.shape == (0, 5, 2) and quality.shape == (0,)
 
 
 def test_moves_are_relative_to_the_size_of_the_object():
@@ -33,7 +45,7 @@ def test_moves_are_relative_to_the_size_of_the_object():
     features, image = [torch.ones(1, 8, 100, 100)], torch.tensor([0, 0])
     landmarks = torch.rand(1, 5, 2) * 30 + 60
     both = torch.cat([landmarks, landmarks * 3])
-    small, large = polish(features, image, both) - both
+    small, large = polish(features, image, both)[0] - both
     assert small.abs().max() > 0.1
     torch.testing.assert_close(large, 3 * small, rtol=1e-4, atol=1e-4)
 
@@ -44,7 +56,7 @@ def test_each_step_starts_from_the_one_before():
     landmarks = torch.rand(1, 5, 2) * 30 + 60
     for step in polish.steps:
         torch.nn.init.constant_(step.out.bias, 0.5)
-    moved = polish(features, image, landmarks)
+    moved = [places for places, _ in polish(features, image, landmarks)]
     assert len(moved) == 3
     # a shape that is only shifted keeps its size, hence the length of its moves
     first = moved[0] - landmarks
@@ -56,11 +68,8 @@ def test_each_step_starts_from_the_one_before():
 def test_every_branch_is_polished():
     model = polished_model().train()
     losses = losses_of(model, [make_input(BOXES, [0, 1, 2]), make_input(BOXES[:1], [1])])
-    names = {f"loss_{branch}_polish" for branch in ("bbox", "segm", "pose")}
-    assert names < set(losses)
     for branch in ("bbox", "segm", "pose"):
-        # at first it changes nothing but the unused sides of the vectors
-        assert 0 < losses[f"loss_{branch}_polish"] < 1.2 * losses[f"loss_{branch}_refine"]
+        assert losses[f"loss_{branch}_polish"] > 0 and losses[f"loss_{branch}_quality"] > 0
     sum(losses.values()).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
@@ -82,10 +91,11 @@ def test_images_without_objects_keep_all_parameters_in_the_graph():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_weight_of_the_loss():
-    inputs = [make_input(BOXES, [0, 1, 2])]
+@pytest.mark.parametrize("loss", ["polish", "quality"])
+def test_weights_of_the_losses(loss):
+    inputs, key = [make_input(BOXES, [0, 1, 2])], f"{loss.upper()}_LOSS_WEIGHT"
     once, twice = (
-        losses_of(polished_model(POLISH_LOSS_WEIGHT=weight).train(), inputs)["loss_pose_polish"]
+        losses_of(polished_model(**{key: weight}).train(), inputs)[f"loss_pose_{loss}"]
         for weight in (1.0, 2.0)
     )
     torch.testing.assert_close(twice, 2 * once)
@@ -93,7 +103,7 @@ def test_weight_of_the_loss():
 
 def test_few_positives_teach_what_all_of_them_do():
     def values(**keys):
-        losses = losses_of(polished_model(**keys).train(), [make_input(BOXES, [0, 1, 2])])
+        losses = losses_of(polished_model(**keys).train(), [make_input(BOXES[:1], [0])])
         return {name: loss.item() for name, loss in losses.items()}
 
     every = values()
@@ -106,11 +116,7 @@ def test_few_positives_teach_what_all_of_them_do():
 
 
 def test_detections_are_moved_and_their_boxes_follow():
-    model = polished_model(SCORE_THRESH_TEST=0.0, TOPK_CANDIDATES_TEST=50).eval()
-    # two cells up, left, down and right
-    outwards = torch.zeros(5, 4)
-    outwards[[0, 1, 2, 3], [0, 2, 1, 3]] = 2.0
-    model.head.branches["bbox"].refine.out.bias.data = outwards.flatten()
+    model = detecting_model()
     inputs = [make_input(BOXES, [0, 1, 2])]
     with torch.no_grad():
         (plain,) = model(inputs)
@@ -135,3 +141,44 @@ def test_unknown_features_are_named():
         polished_model(POLISH_STEPS=0)
     with pytest.raises(ValueError, match="POLISH_POSITIVES is -1"):
         polished_model(POLISH_POSITIVES=-1)
+
+
+def test_scores_join_class_and_quality():
+    model = detecting_model(NMS_THRESH_TEST=1.0)
+    for branch, quality in (("bbox", 0.5), ("segm", 0.25), ("pose", 0.125)):
+        (step,) = model.polish[branch].steps
+        torch.nn.init.zeros_(step.quality.weight)
+        step.quality.bias.data.fill_(torch.logit(torch.tensor(quality)))
+    inputs = [make_input(BOXES, [0, 1, 2])]
+
+    def detect(share):
+        model.test_quality_share = share
+        with torch.no_grad():
+            return model(inputs)[0]["instances"]
+
+    plain, joined = detect(0.0), detect(0.3)
+    assert len(plain) == len(joined) > 10
+    assert torch.equal(plain.contour_scores, plain.scores)
+    for field, quality in (("scores", 0.5), ("contour_scores", 0.25), ("pose_scores", 0.125)):
+        torch.testing.assert_close(joined.get(field), plain.get(field) ** 0.7 * quality**0.3)
+
+
+def test_detections_that_meet_are_one():
+    """The third stage moves all of a class to one place."""
+    model = detecting_model()
+
+    class Meeting(torch.nn.Module):
+        def forward(self, features, image, landmarks):
+            return [(landmarks[:1].expand_as(landmarks), torch.zeros(len(landmarks)))]
+
+    with torch.no_grad():
+        for name in model.polish:
+            model.polish[name] = Meeting()
+        (found,) = model([make_input(BOXES, [0, 1, 2])])
+    classes = found["instances"].pred_classes.tolist()
+    assert len(classes) == len(set(classes)) > 1
+
+
+def test_share_of_the_quality():
+    with pytest.raises(ValueError, match="QUALITY_SHARE_TEST is 1.5"):
+        polished_model(QUALITY_SHARE_TEST=1.5)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from parity import Recorded
 
-from lsnet_d2.modeling.landmarks import ExtremeBranch
+from lsnet_d2.modeling.branches import ExtremeBranch
 from lsnet_d2.modeling.postprocessing import (
     make_instances,
     rescale_instances,

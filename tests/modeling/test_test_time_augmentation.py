@@ -6,12 +6,12 @@ from detectron2.data import transforms as T
 from detectron2.data.detection_utils import build_augmentation
 from detectron2.data.transforms import HFlipTransform, ResizeTransform, TransformList
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes
 from parity import Recorded
 from tiny_model import make_input, tiny_cfg, tiny_model
 
 from lsnet_d2.errors import ConfigError
-from lsnet_d2.modeling.landmarks import ContourBranch, ExtremeBranch, KeypointBranch
+from lsnet_d2.modeling.branches import ContourBranch, ExtremeBranch, KeypointBranch
 from lsnet_d2.modeling.postprocessing import make_instances
 from lsnet_d2.modeling.test_time_augmentation import (
     LSNetWithTTA,
@@ -138,11 +138,11 @@ def test_mapping_back_is_that_of_the_released_code(parity, task, branch, key, fl
     points = points[:, :count, :2]
     height, width = recorded["img_hw"].tolist()
     scale_x, scale_y = recorded["test.scale_factor"][:2].tolist()
-    instances = Instances((height, width))
-    instances.pred_boxes = Boxes(recorded["boxes"])
-    instances.scores = torch.ones(len(points))
-    instances.pred_classes = torch.zeros(len(points), dtype=torch.int64)
-    instances.set(branch.pred_field, points)
+    scores, classes = torch.ones(len(points)), torch.zeros(len(points), dtype=torch.int64)
+    boxes = recorded["boxes"]
+    instances = make_instances((height, width), boxes, scores, classes, [branch], [points])
+    instances.pred_boxes = Boxes(boxes)
+    instances.set(branch.pred_field, points)  # not clipped
     # of a size that is not rounded, as the recorded scale is not that of any
     size = (height / scale_y, width / scale_x)
     transforms = [ResizeTransform(*size, height, width)] + flip * [HFlipTransform(width)]

@@ -1,0 +1,301 @@
+"""The kinds of landmark branches: extreme points of boxes, contours, and keypoints of poses.
+
+Everything in which they differ is here. Letters as in :mod:`.landmarks`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.structures import Boxes, Instances
+from detectron2.structures.boxes import matched_pairwise_iou
+from torch import Tensor
+
+from ..data.keypoints import keypoint_flip_indices
+from ..structures import ContourMasks
+from ..tasks import branch_weights
+from .landmarks import LandmarkBranch, LandmarkTargets, clip_points, span_boxes, spread_indices
+from .losses import box_penalty, cross_iou, cross_iou_grouped, cross_iou_per_coordinate
+
+# The cost of an error along the outline, relative to one across it: detections are judged by the
+# latter, and where on a smooth outline a vertex lies is hard to see.
+_SLIDING_COST = 0.25
+# About the mean of COCO's tolerances of people's keypoints.
+_OKS_SIGMA = 0.07
+_TINY = 1e-6
+
+
+class ExtremeBranch(LandmarkBranch):
+    """Top, left, bottom and right extreme points. The box lies between them.
+
+    Ground truth: ``gt_extreme_points`` (G, 4, 2) in this order, and ``gt_boxes``.
+    """
+
+    name = "bbox"
+    pred_field = "pred_extreme_points"
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(num_landmarks=4, sampling_landmarks=[0, 1, 2, 3], **kwargs)
+
+    def targets(self, instances: Instances) -> LandmarkTargets:
+        return LandmarkTargets.make(instances.gt_extreme_points, instances.gt_boxes.tensor)
+
+    def boxes(self, landmarks: Tensor) -> Tensor:
+        top, left, bottom, right = landmarks.unbind(-2)
+        return torch.stack([left[..., 0], top[..., 1], right[..., 0], bottom[..., 1]], dim=-1)
+
+    def moved_to_boxes(self, landmarks: Tensor, boxes: Tensor) -> Tensor:
+        """Extreme points (..., 4, 2) put on the sides of boxes (..., 4), to which they then lead.
+
+        Where on its side a point lies does not change, unless that is beyond the end of the side.
+        """
+        low, high = boxes[..., None, :2], boxes[..., None, 2:]
+        x, y = torch.minimum(torch.maximum(landmarks, low), high).unbind(-1)
+        x1, y1, x2, y2 = boxes.unbind(-1)
+        x = torch.stack([x[..., 0], x1, x[..., 2], x2], dim=-1)
+        y = torch.stack([y1, y[..., 1], y2, y[..., 3]], dim=-1)
+        return torch.stack([x, y], dim=-1)
+
+    def freedom(self, landmarks: Tensor) -> tuple[Tensor, Tensor]:
+        """An extreme point may slide along its side of the box."""
+        across = landmarks.new_tensor([[0.0, 1.0], [1.0, 0.0]]).repeat(2, 1).expand_as(landmarks)
+        return across, torch.full_like(landmarks[..., 0], _SLIDING_COST)
+
+    def quality(self, landmarks: Tensor, targets: LandmarkTargets) -> Tensor:
+        """IOU of the boxes."""
+        return matched_pairwise_iou(Boxes(self.boxes(landmarks)), Boxes(targets.boxes))
+
+    def flip_indices(self, dataset_names: Sequence[str]) -> list[int]:
+        return [0, 3, 2, 1]
+
+    def overlap_and_penalty(self, vectors, target_vectors, boxes, targets):
+        overlap = cross_iou(vectors, target_vectors)
+        return overlap, box_penalty(boxes, targets.boxes, overlap)
+
+
+class ContourBranch(LandmarkBranch):
+    """Vertices along the outline. The box is what they span.
+
+    Ground truth: ``gt_contours`` (G, P, 2), vertices as
+    :func:`lsnet_d2.data.contours.resample_contour` orders them; NaN for an object without a mask,
+    from which the branch learns nothing.
+
+    Besides ``pred_contours``, predictions have ``contour_scores`` (N,).
+    """
+
+    name = "segm"
+    pred_field = "pred_contours"
+    # With 36 vertices the released code samples at these; its checkpoints depend on it.
+    _SAMPLING = {36: [0, 5, 10, 15, 20, 25, 30, 35]}
+    _VERTICES_PER_GROUP = 4
+
+    def __init__(self, *, num_points: int = 36, **kwargs: Any) -> None:
+        """
+        Args:
+            num_points: P, 8 to 128.
+
+        Raises:
+            ValueError: P is out of range; the message names the config's key.
+        """
+        if not 8 <= num_points <= 128:
+            raise ValueError(
+                f"MODEL.LSNET.NUM_CONTOUR_POINTS is {num_points}; it must be from 8 to 128"
+            )
+        sampling = self._SAMPLING.get(num_points, spread_indices(num_points, 8))
+        super().__init__(num_landmarks=num_points, sampling_landmarks=sampling, **kwargs)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        return {"num_points": cfg.MODEL.LSNET.NUM_CONTOUR_POINTS}
+
+    def targets(self, instances: Instances) -> LandmarkTargets:
+        contours = instances.gt_contours
+        present = contours.isfinite().all(dim=2).all(dim=1)
+        contours = torch.where(present[:, None, None], contours, torch.zeros_like(contours))
+        return LandmarkTargets.make(contours, span_boxes(contours), present=present)
+
+    def boxes(self, landmarks: Tensor) -> Tensor:
+        return span_boxes(landmarks)
+
+    def freedom(self, landmarks: Tensor) -> tuple[Tensor, Tensor]:
+        """A vertex may slide along the outline, but the less the sharper its corner is."""
+        edges = landmarks.roll(-1, 1) - landmarks
+        chord = edges + edges.roll(1, 1)
+        length, lengths = chord.norm(dim=-1), edges.norm(dim=-1)
+        across = torch.stack([-chord[..., 1], chord[..., 0]], dim=-1)
+        # At the tip of a spike without width no direction is one to slide in.
+        across = torch.where(
+            length[..., None] > _TINY,
+            across / length.clamp(min=_TINY)[..., None],
+            across.new_tensor([1.0, 0.0]),
+        )
+        straight = length / (lengths + lengths.roll(1, 1)).clamp(min=_TINY)
+        return across, 1 - (1 - _SLIDING_COST) * straight
+
+    def quality(self, landmarks: Tensor, targets: LandmarkTargets) -> Tensor:
+        """About the IOU of the areas: what lies between the outlines counts half to either's."""
+        true = targets.landmarks
+        chords = true.roll(-1, 1) - true.roll(1, 1)
+        area = _cross(true, chords).sum(1).abs() / 4
+        between = _cross(landmarks - true, chords).abs().sum(1) / 4
+        return ((area - between) / (area + between).clamp(min=_TINY)).clamp(min=0)
+
+    def scores(self, instances: Instances) -> Tensor:
+        return instances.contour_scores
+
+    def add_predictions(self, instances: Instances, landmarks: Tensor, scores: Tensor) -> None:
+        super().add_predictions(instances, landmarks, scores)
+        instances.contour_scores = scores
+
+    def flip_indices(self, dataset_names: Sequence[str]) -> list[int]:
+        """The first vertex stays the first, and the direction is kept."""
+        return [0, *range(self.num_landmarks - 1, 0, -1)]
+
+    def overlap_and_penalty(self, vectors, target_vectors, boxes, targets):
+        groups = self.num_landmarks // self._VERTICES_PER_GROUP
+        overlap = cross_iou_grouped(vectors, target_vectors, groups)
+        return overlap, box_penalty(boxes, targets.boxes, overlap)
+
+    def rescale_predictions(self, instances: Instances, scale: tuple[float, float]) -> None:
+        """Besides, enter the masks of the final contours, as ``pred_masks``."""
+        super().rescale_predictions(instances, scale)
+        contours = instances.get(self.pred_field)
+        instances.pred_masks = ContourMasks(contours, instances.image_size)
+
+
+class KeypointBranch(LandmarkBranch):
+    """Keypoints of a pose. The box is what they span.
+
+    Ground truth: ``gt_keypoints``, Detectron2's ``Keypoints`` (G, K, 3) with visibility 0 (not
+    labelled), 1 (hidden) or 2; the latter two are learned alike. From an object without labelled
+    keypoints the branch learns nothing, or where its centre is.
+
+    ``pred_keypoints`` is (N, K, 3): x, y, and the score of the pose, which is in ``pose_scores``
+    (N,) too; 0 for a detection of a class that has no keypoints.
+    """
+
+    name = "pose"
+    pred_field = "pred_keypoints"
+    # Of COCO's 17 the released code samples at the left ones; its checkpoints depend on it.
+    _SAMPLING = {17: [1, 3, 5, 7, 9, 11, 13, 15]}
+
+    def __init__(
+        self,
+        *,
+        num_keypoints: int = 17,
+        classes: Sequence[int] = (),
+        train_unlabelled: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Args:
+            num_keypoints: K, at least 1.
+            classes: that have keypoints; none given: all.
+            train_unlabelled: whether an object without labelled keypoints trains the vector to
+                its centre, as in the released code. It needs another branch to give its box.
+
+        Raises:
+            ValueError: K is 0; the message names the config's key.
+        """
+        if num_keypoints < 1:
+            raise ValueError(f"MODEL.LSNET.NUM_KEYPOINTS is {num_keypoints}; it must be positive")
+        sampling = self._SAMPLING.get(num_keypoints, spread_indices(num_keypoints, 8))
+        super().__init__(num_landmarks=num_keypoints, sampling_landmarks=sampling, **kwargs)
+        self.classes = list(classes)
+        self.train_unlabelled = train_unlabelled
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        return {
+            "num_keypoints": cfg.MODEL.LSNET.NUM_KEYPOINTS,
+            "classes": cfg.MODEL.LSNET.KEYPOINT_CLASSES,
+            "train_unlabelled": cfg.MODEL.LSNET.TRAIN_UNLABELLED_POSES,
+        }
+
+    def targets(self, instances: Instances) -> LandmarkTargets:
+        keypoints = instances.gt_keypoints.tensor
+        places, visible = keypoints[..., :2], keypoints[..., 2] > 0
+        low = places.masked_fill(~visible[..., None], torch.inf).amin(dim=1)
+        high = places.masked_fill(~visible[..., None], -torch.inf).amax(dim=1)
+        labelled = visible.any(dim=1)
+        boxes = torch.cat([low, high], dim=1).masked_fill(~labelled[:, None], 0)
+        present = labelled | self.train_unlabelled
+        return LandmarkTargets.make(places, boxes, visible=visible, present=present)
+
+    def boxes(self, landmarks: Tensor) -> Tensor:
+        return span_boxes(landmarks)
+
+    def flip_indices(self, dataset_names: Sequence[str]) -> list[int]:
+        """
+        Raises:
+            ConfigError: see :func:`lsnet_d2.data.keypoints.keypoint_flip_indices`.
+        """
+        return keypoint_flip_indices(dataset_names, self.num_landmarks)
+
+    def overlap_and_penalty(self, vectors, target_vectors, boxes, targets):
+        overlap = cross_iou_per_coordinate(vectors, target_vectors, targets.visible)
+        return overlap, torch.zeros_like(overlap)
+
+    def quality(self, landmarks: Tensor, targets: LandmarkTargets) -> Tensor:
+        """Object keypoint similarity, with the box of the labelled keypoints for the object's area
+        and one tolerance for all of them."""
+        area = (targets.boxes[:, 2:] - targets.boxes[:, :2]).prod(1).clamp(min=1)
+        distance = (landmarks - targets.landmarks).square().sum(-1)
+        similarity = (-distance / (2 * (2 * _OKS_SIGMA) ** 2 * area[:, None])).exp()
+        visible = targets.visible.to(similarity)
+        return (similarity * visible).sum(1) / visible.sum(1).clamp(min=1)
+
+    def scores(self, instances: Instances) -> Tensor:
+        return instances.pose_scores
+
+    def add_predictions(self, instances: Instances, landmarks: Tensor, scores: Tensor) -> None:
+        places = clip_points(landmarks, instances.image_size)
+        if self.classes:
+            has_keypoints = torch.isin(
+                instances.pred_classes, instances.pred_classes.new_tensor(self.classes)
+            )
+            scores = scores * has_keypoints
+        instances.pose_scores = scores
+        scores = scores[:, None, None].expand(-1, self.num_landmarks, 1)
+        instances.set(self.pred_field, torch.cat([places, scores.to(places)], dim=2))
+
+    def rescale_predictions(self, instances: Instances, scale: tuple[float, float]) -> None:
+        places = instances.get(self.pred_field)[..., :2]
+        self.add_predictions(instances, places * places.new_tensor(scale), self.scores(instances))
+
+
+def _cross(a: Tensor, b: Tensor) -> Tensor:
+    """z of the vector product of (..., 2)."""
+    return a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0]
+
+
+BRANCHES: dict[str, type[LandmarkBranch]] = {
+    "extreme": ExtremeBranch,
+    "contour": ContourBranch,
+    "keypoint": KeypointBranch,
+}
+
+
+def build_branches(cfg: CfgNode) -> list[LandmarkBranch]:
+    """The branches of MODEL.LSNET.TASK. The first supplies boxes, the last steers classification.
+
+    Raises:
+        ValueError: see :func:`lsnet_d2.tasks.branch_weights` and the branches.
+    """
+    weights = branch_weights(cfg)
+    if cfg.MODEL.LSNET.TRAIN_UNLABELLED_POSES and next(iter(weights)) == "keypoint":
+        raise ValueError(
+            "MODEL.LSNET.TRAIN_UNLABELLED_POSES is True, but where the keypoints supply the boxes "
+            "an object without keypoints has none"
+        )
+    return [
+        BRANCHES[name](
+            alpha=cfg.MODEL.LSNET.CROSS_IOU_ALPHA,
+            init_weight=init,
+            refine_weight=refine,
+            polish_weight=cfg.MODEL.LSNET.POLISH_LOSS_WEIGHT,
+            **BRANCHES[name].from_config(cfg),
+        )
+        for name, (init, refine) in weights.items()
+    ]
