@@ -11,12 +11,13 @@ import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
-from detectron2.evaluation.coco_evaluation import COCOevalMaxDets, instances_to_coco_json
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from pycocotools.cocoeval import Params
 
 from .config_file import classes_key, num_classes
 from .data.polygons import polygons_to_rle
 from .errors import ConfigError, UserError
+from .fast_coco import FastCOCOeval
 from .files import atomic_write
 from .ground_truth import (
     GROUND_TRUTHS,
@@ -145,8 +146,8 @@ class LSNetEvaluator(COCOEvaluator):
       annotations may lack keypoints. For masks, objects with a box only are regions to ignore.
       Without ``annotations``, as in COCO's files of test images, which Detectron2's loader reads
       (ours does not), only the results file is written.
-    - AP is always computed by the official implementation, so that figures do not depend on how
-      Detectron2 was built.
+    - AP is always computed by :class:`~lsnet_d2.fast_coco.FastCOCOeval`, whose figures are those
+      of pycocotools, however Detectron2 was built.
     """
 
     def __init__(self, dataset_name: str, *args: Any, **kwargs: Any) -> None:
@@ -246,17 +247,17 @@ class LSNetEvaluator(COCOEvaluator):
 
     def _evaluate_task(
         self, task: str, results: list[dict], img_ids: Iterable[int] | None
-    ) -> COCOevalMaxDets:
+    ) -> FastCOCOeval:
         if task == "keypoints":
             self._check_keypoints(len(results[0]["keypoints"]) // 3)
         keys = ("image_id", "category_id", *TASK_KEYS[task])
         _, score = SCORE_KEYS.get(task, (None, "score"))
-        # copies: pycocotools writes into results and annotations
         true = coco_index(GROUND_TRUTHS[task](self._coco_api))
-        found = true.loadRes(
-            [{**{key: r[key] for key in keys}, "score": r.get(score, r["score"])} for r in results]
-        )
-        evaluation = COCOevalMaxDets(true, found, task)
+        found = [
+            {**{key: result[key] for key in keys}, "score": result.get(score, result["score"])}
+            for result in results
+        ]
+        evaluation = FastCOCOeval(true, found, task)
         if task == "keypoints":
             evaluation.params.kpt_oks_sigmas = np.array(self._sigmas)
         else:
