@@ -134,6 +134,12 @@ def add_lsnet_config(cfg: CN) -> None:
     # them for another IMS_PER_BATCH, but for keys given on the command line. A config file with a
     # batch and a schedule of its own sets it to that batch, or to 0: no scaling.
     cfg.SOLVER.REFERENCE_IMS_PER_BATCH = 0
+    # Parts in which a batch is computed, one after the other, to save memory. The losses of each
+    # part are divided by its own number of positives.
+    cfg.SOLVER.ACCUMULATION_STEPS = 1
+    # Of what SOLVER.AMP.ENABLED computes in lower precision: "float16", "bfloat16", or "auto",
+    # which is float16 on CUDA and bfloat16 elsewhere.
+    cfg.SOLVER.AMP.PRECISION = "auto"
     # "SGD", or "AdamW", which does not use MOMENTUM and NESTEROV.
     cfg.SOLVER.OPTIMIZER = "SGD"
     # Learning rate of the network under the pyramid, whose weights are imported, relative to

@@ -17,10 +17,8 @@ from detectron2.data import (
 )
 from detectron2.data.build import filter_images_with_only_crowd_annotations
 from detectron2.engine import (
-    AMPTrainer,
     DefaultTrainer,
     HookBase,
-    SimpleTrainer,
     create_ddp_model,
     default_setup,
 )
@@ -40,6 +38,7 @@ from .evaluation import build_evaluator
 from .modeling import LSNetWithTTA
 from .modeling.test_time_augmentation import keep_image_sizes
 from .solver import build_optimizer, scale_schedule
+from .training_loop import LSNetTrainLoop, amp_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -152,8 +151,9 @@ class LSNetTrainer(DefaultTrainer):
 
     What differs from :class:`DefaultTrainer`: annotations, and the data and the evaluator of each
     test set, are checked before training; the checkpointer is :class:`LSNetCheckpointer`;
-    gradients can be clipped as a whole (``SOLVER.CLIP_GRADIENTS.CLIP_TYPE: "full_model"``);
-    several processes work on CPUs too. With ``TEST.AUG.ENABLED`` the last evaluation is followed
+    gradients can be clipped as a whole (``SOLVER.CLIP_GRADIENTS.CLIP_TYPE: "full_model"``), and
+    accumulated (``SOLVER.ACCUMULATION_STEPS``); mixed precision and several processes work on CPUs
+    too. With ``TEST.AUG.ENABLED`` the last evaluation is followed
     by one with test-time augmentation.
     """
 
@@ -165,15 +165,7 @@ class LSNetTrainer(DefaultTrainer):
         # The steps are DefaultTrainer's; it has no place to put another wrapper or checkpointer.
         super(DefaultTrainer, self).__init__()
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
-        if cfg.SOLVER.AMP.ENABLED and torch.device(cfg.MODEL.DEVICE).type != "cuda":
-            raise ConfigError(
-                f"SOLVER.AMP.ENABLED needs a CUDA device, but MODEL.DEVICE is {cfg.MODEL.DEVICE!r}"
-            )
-        if cfg.SOLVER.IMS_PER_BATCH % comm.get_world_size():
-            raise ConfigError(
-                f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}; it must be a multiple of "
-                f"the number of processes, {comm.get_world_size()}"
-            )
+        check_batch(cfg)
         data_loader = self.build_train_loader(cfg)
         for name in cfg.DATASETS.TEST:
             check_test_data(cfg, name)
@@ -181,8 +173,13 @@ class LSNetTrainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         model = wrap_distributed(model)
-        trainer = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
-        self._trainer = trainer(model, data_loader, optimizer)
+        self._trainer = LSNetTrainLoop(
+            model,
+            data_loader,
+            optimizer,
+            amp_dtype=amp_dtype(cfg),
+            accumulation_steps=cfg.SOLVER.ACCUMULATION_STEPS,
+        )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = LSNetCheckpointer(
             model, cfg.OUTPUT_DIR, cfg=cfg, trainer=weakref.proxy(self)
@@ -227,7 +224,10 @@ class LSNetTrainer(DefaultTrainer):
         # Loading a data set enters its keypoints into the metadata, which the mapper reads.
         dataset = load_training_data(cfg)
         return build_detection_train_loader(
-            cfg, mapper=build_mapper(cfg, is_train=True), dataset=dataset
+            cfg,
+            mapper=build_mapper(cfg, is_train=True),
+            dataset=dataset,
+            total_batch_size=cfg.SOLVER.IMS_PER_BATCH // cfg.SOLVER.ACCUMULATION_STEPS,
         )
 
     @classmethod
@@ -278,6 +278,23 @@ class LSNetTrainer(DefaultTrainer):
         """
         with reporting_config_errors(cfg):
             return build_optimizer(cfg, model)
+
+
+def check_batch(cfg: CfgNode) -> None:
+    """
+    Raises:
+        ConfigError: a batch cannot be divided among the processes and the parts of a step.
+    """
+    steps, processes = cfg.SOLVER.ACCUMULATION_STEPS, comm.get_world_size()
+    if steps < 1:
+        raise ConfigError(f"SOLVER.ACCUMULATION_STEPS is {steps}; it must be positive")
+    if cfg.SOLVER.IMS_PER_BATCH % (steps * processes):
+        parts = f"the number of processes, {processes}"
+        if steps > 1:
+            parts += f", times SOLVER.ACCUMULATION_STEPS, {steps}"
+        raise ConfigError(
+            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}; it must be a multiple of {parts}"
+        )
 
 
 def wrap_distributed(model: nn.Module) -> nn.Module:

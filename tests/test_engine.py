@@ -184,12 +184,42 @@ def test_batch_must_divide_among_processes(coco, monkeypatch):
         LSNetTrainer(tiny_cfg(coco))
 
 
-def test_mixed_precision_is_trained_on_a_gpu_and_evaluated_anywhere(coco):
-    cfg = tiny_cfg(coco, "SOLVER.AMP.ENABLED", "True")
-    with pytest.raises(ConfigError, match="AMP.ENABLED needs a CUDA device, .* is 'cpu'"):
-        LSNetTrainer(cfg)
-    with pytest.raises(CheckpointError, match="MODEL.WEIGHTS is empty"):
-        evaluate(cfg)
+def test_batch_must_divide_into_its_parts(coco):
+    with pytest.raises(
+        ConfigError, match="IMS_PER_BATCH is 2; .*, 1, times .*ACCUMULATION_STEPS, 3"
+    ):
+        LSNetTrainer(tiny_cfg(coco, "SOLVER.ACCUMULATION_STEPS", "3"))
+    with pytest.raises(ConfigError, match="ACCUMULATION_STEPS is 0"):
+        LSNetTrainer(tiny_cfg(coco, "SOLVER.ACCUMULATION_STEPS", "0"))
+
+
+def test_parts_of_a_batch_are_loaded_one_by_one(coco):
+    trainer = tiny_trainer(coco, "SOLVER.ACCUMULATION_STEPS", "2", "SOLVER.MAX_ITER", "2")
+    assert len(next(iter(trainer.data_loader))) == 1
+    trainer.train()
+    assert math.isfinite(last_loss(coco))
+
+
+def last_loss(folder):
+    lines = (folder / "output" / "metrics.json").read_text().splitlines()
+    return [x["total_loss"] for x in map(json.loads, lines) if "total_loss" in x][-1]
+
+
+@pytest.mark.parametrize("coco", ["LSNet"], indirect=True)
+@pytest.mark.parametrize("precision", ["auto", "bfloat16"])
+def test_mixed_precision_on_a_cpu(coco, precision):
+    opts = ["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.PRECISION", precision]
+    trainer = tiny_trainer(coco, *opts, "SOLVER.MAX_ITER", "2")
+    trainer.train()
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    assert math.isfinite(last_loss(coco))
+    assert tiny_trainer(coco, *opts, resume=True).start_iter == 2
+
+
+def test_unknown_precision(coco):
+    opts = ["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.PRECISION", "float8"]
+    with pytest.raises(ConfigError, match="AMP.PRECISION is 'float8'.*float16, bfloat16"):
+        LSNetTrainer(tiny_cfg(coco, *opts))
 
 
 def test_data_errors_name_the_file(coco):

@@ -12,6 +12,7 @@ from lsnet_d2.config_file import load_config, merge_config
 from lsnet_d2.data.annotation_checks import AnnotationError
 from lsnet_d2.engine import LSNetTrainer, evaluate, setup
 from lsnet_d2.errors import ConfigError, UserError, exit_on_user_error
+from lsnet_d2.launching import adopt_torchrun, run_in_group
 
 
 @exit_on_user_error(AnnotationError)
@@ -61,7 +62,10 @@ def check_processes(args: argparse.Namespace) -> None:
 @exit_on_user_error(AnnotationError)
 def main() -> None:
     args = default_argument_parser().parse_args()
+    torchrun = adopt_torchrun(args)
     check_processes(args)
+    if torchrun:
+        return run_in_group(run, args)
     try:
         launch(
             run,

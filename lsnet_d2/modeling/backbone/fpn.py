@@ -1,6 +1,7 @@
 """LSNet's feature pyramid: P3 to P5 by Detectron2's FPN, P6 and P7 from the last feature."""
 
 import fvcore.nn.weight_init as weight_init
+import torch
 from detectron2.config import CfgNode
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling import BACKBONE_REGISTRY
@@ -43,8 +44,11 @@ class LastLevelP6P7Norm(nn.Module):
             weight_init.c2_xavier_fill(conv)
 
     def forward(self, feature: Tensor) -> list[Tensor]:
-        p6 = self.p6(feature)
-        return [p6, self.p7(p6)]
+        # Never in bfloat16, where the gradient of a kernel that moves over a map of one cell in
+        # steps of two is garbage on CPUs (torch 2.14.1). There is little to compute.
+        with torch.autocast(feature.device.type, enabled=False):
+            p6 = self.p6(feature.float())
+            return [p6, self.p7(p6)]
 
 
 def build_lsnet_fpn(cfg: CfgNode, bottom_up: Backbone) -> FPN:

@@ -1,0 +1,148 @@
+import pytest
+import torch
+from detectron2.utils.events import EventStorage
+from tiny_model import make_input, tiny_cfg, tiny_model
+from torch import nn
+
+from lsnet_d2.errors import ConfigError
+from lsnet_d2.solver import clip_whole_gradient
+from lsnet_d2.training_loop import LSNetTrainLoop, amp_dtype
+
+BATCH = [
+    make_input([[10, 12, 60, 70], [70, 20, 120, 90]], [0, 1], seed=1),
+    make_input([[30, 40, 44, 60]], [2], seed=2),
+]
+TASKS = {
+    "boxes": {},
+    "plain towers": {"TOWER_CONV": "conv"},
+    "corners": {"CPV": True},
+    "joint": {
+        "TASK": "joint",
+        "BRANCHES": ["extreme", "contour", "keypoint"],
+        "POLISH_IN_FEATURES": ["p3", "p4"],
+    },
+}
+
+
+class Linear(nn.Module):
+    """Loses the product of its parameter and the batch."""
+
+    def __init__(self, value=1.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((1, 1), value))
+
+    def forward(self, batch):
+        return {"loss": (torch.tensor([[batch]]) @ self.weight).sum().float()}
+
+
+def run(model, batches, optimizer=None, steps=1, **kwargs):
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=1.0)
+    loop = LSNetTrainLoop(model, batches, optimizer, **kwargs)
+    loop.iter = 0
+    with EventStorage() as storage:
+        for _ in range(steps):
+            loop.run_step()
+    return loop, storage
+
+
+def test_precisions():
+    cfg = tiny_cfg()
+    assert amp_dtype(cfg) is None
+    cfg.SOLVER.AMP.ENABLED = True
+    assert amp_dtype(cfg) is torch.bfloat16
+    cfg.MODEL.DEVICE = "cuda:1"
+    assert amp_dtype(cfg) is torch.float16
+    cfg.SOLVER.AMP.PRECISION = "bfloat16"
+    assert amp_dtype(cfg) is torch.bfloat16
+    cfg.SOLVER.AMP.PRECISION = "half"
+    with pytest.raises(ConfigError, match="AMP.PRECISION is 'half'"):
+        amp_dtype(cfg)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_losses_and_gradients_in_bfloat16_are_near(task):
+    # Before training all components of the vectors are nearly equal, and rounding decides which
+    # way they point.
+    model = tiny_model(**TASKS[task])
+    run(model, [BATCH] * 30, torch.optim.AdamW(model.parameters(), lr=1e-3), steps=30)
+    found = []
+    for dtype in (None, torch.bfloat16):
+        # a step of length zero leaves the gradients
+        loop, storage = run(
+            model, [BATCH], torch.optim.SGD(model.parameters(), lr=0.0), amp_dtype=dtype
+        )
+        names = [name for name in storage.histories() if name.startswith("loss_")]
+        losses = {name: storage.history(name).latest() for name in names}
+        gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        found.append((losses, gradients))
+    (losses, gradients), (low_losses, low_gradients) = found
+    assert low_losses != losses  # it was another precision
+    assert low_losses == pytest.approx(losses, rel=0.03)
+    assert torch.cosine_similarity(gradients, low_gradients, dim=0) > 0.9
+    assert low_gradients.norm().item() == pytest.approx(gradients.norm().item(), rel=0.1)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_training_in_bfloat16_learns(task):
+    model = tiny_model(**TASKS[task])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    _, storage = run(model, [BATCH] * 12, optimizer, steps=12, amp_dtype=torch.bfloat16)
+    totals = [value for value, _ in storage.history("total_loss").values()]
+    assert totals[-1] < 0.9 * totals[0]
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_parts_of_a_step_are_averaged():
+    model = Linear()
+    loop, storage = run(model, [1.0, 2.0, 6.0, 100.0], accumulation_steps=3)
+    assert model.weight.item() == 1 - 3
+    assert storage.history("total_loss").latest() == 3
+    assert next(loop._data_loader_iter) == 100
+
+
+def test_accumulated_parts_of_equal_batches_are_one_batch():
+    gradients = []
+    for batches, steps in (([BATCH[:1] * 2], 1), ([BATCH[:1]] * 2, 2)):
+        model = tiny_model(**TASKS["joint"])
+        run(model, batches, torch.optim.SGD(model.parameters(), lr=0.0), accumulation_steps=steps)
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
+
+
+def scaled(loop, scale):
+    loop.grad_scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    return loop
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_scaled_gradients_are_clipped_after_the_scale_is_taken_out(fused):
+    model = Linear()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=fused)
+    clip_whole_gradient(optimizer, 0.5)
+    loop = scaled(LSNetTrainLoop(model, [4.0], optimizer), 1024.0)
+    loop.iter = 0
+    with EventStorage():
+        loop.run_step()
+    assert model.weight.item() == pytest.approx(0.5)  # 1 minus the clipped gradient
+
+
+def test_steps_that_overflow_are_left_out_and_lower_the_scale():
+    model = Linear()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    loop = scaled(LSNetTrainLoop(model, [3e38], optimizer), 1024.0)
+    loop.iter = 0
+    with EventStorage():
+        loop.run_step()
+    assert model.weight.item() == 1
+    state = loop.state_dict()["grad_scaler"]
+    assert state["scale"] == 512
+    other = scaled(LSNetTrainLoop(model, [1.0], optimizer), 1024.0)
+    other.load_state_dict(loop.state_dict())
+    assert other.grad_scaler.get_scale() == 512
+
+
+def test_only_float16_is_scaled():
+    for dtype in (None, torch.bfloat16):
+        loop, _ = run(Linear(), [1.0], amp_dtype=dtype)
+        assert not loop.grad_scaler.is_enabled()
