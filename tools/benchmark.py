@@ -36,7 +36,13 @@ MODELS = {
 # Ours in the names of ratios, which are ours over another: less is better.
 OURS = {"lsnet": "", "lsnet_conv_tower": "_conv_tower"}
 METRICS = ("inference", "train_step", "train_memory")
-DATA_RATIOS = (("rle", "bitmaps"), ("mapper_bbox", "mask_mapper"), ("mapper_segm", "mask_mapper"))
+DATA_RATIOS = (
+    ("rle", "bitmaps"),
+    ("mapper_bbox", "mask_mapper"),
+    ("mapper_segm", "mask_mapper"),
+    ("targets_1000", "targets_10"),
+    ("evaluation", "pycocotools"),
+)
 
 # From settings, kind of measurement and model to figures; see projects/benchmark/measure.py.
 Measure = Callable[[dict, str, str], dict]
@@ -137,9 +143,11 @@ def tables(summary: dict) -> str:
         for name, row in staged.items():
             cells = " | ".join(f"{value:.3f}" for value in row.values())
             lines.append(f"| {MODELS[name]} | {cells} |")
-    data = summary["data"]
+    data = dict(summary["data"])
+    targets_memory = data.pop("targets_memory")
     lines += ["", "| data and evaluation | ms |", "| --- | --- |"]
     lines += [f"| {name} | {1000 * value:.1f} |" for name, value in data.items()]
+    lines += ["", f"Targets of 1,000 objects take at most {targets_memory / 1e6:.0f} MB more."]
     lines += ["", "| ratio | |", "| --- | --- |"]
     lines += [f"| {name} | {value:.2f} |" for name, value in summary["ratios"].items()]
     return "\n".join(lines) + "\n"

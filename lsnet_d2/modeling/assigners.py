@@ -9,6 +9,9 @@ from torch import Tensor
 
 _NONE = -1
 _EPS_SIZE = 1e-6
+# Distances of all points from this many objects are in memory at once: 17 MB of the finest level of
+# an image of 800 x 1333.
+_OBJECTS_AT_ONCE = 256
 
 
 def assign_nearest(
@@ -50,15 +53,16 @@ def assign_nearest(
     start = 0
     for stride, count in zip(strides, points_per_level, strict=True):
         objects = torch.nonzero(gt_levels == stride_log2(stride)).squeeze(1)
-        level_points = points[start : start + count]
-        shift = (level_points - gt_centers[objects, None]) / gt_sizes[objects, None]
-        distance = shift.norm(dim=2)
-        if valid is not None:
-            distance[:, ~valid[start : start + count]] = torch.inf
-        distance, nearest = distance.topk(min(num_positives, count), dim=1, largest=False)
-        chosen.append((nearest + start).flatten())
-        owners.append(objects[:, None].expand_as(nearest).flatten())
-        costs.append(distance.flatten())
+        level = slice(start, start + count)
+        for some in objects.split(_OBJECTS_AT_ONCE):
+            shift = (points[level] - gt_centers[some, None]) / gt_sizes[some, None]
+            distance = shift.norm(dim=2)
+            if valid is not None:
+                distance[:, ~valid[level]] = torch.inf
+            distance, nearest = distance.topk(min(num_positives, count), dim=1, largest=False)
+            chosen.append((nearest + start).flatten())
+            owners.append(some[:, None].expand_as(nearest).flatten())
+            costs.append(distance.flatten())
         start += count
     return lowest_cost(num_points, torch.cat(chosen), torch.cat(owners), torch.cat(costs))
 
@@ -95,20 +99,11 @@ def assign_atss(
     centers = (boxes[:, :2] + boxes[:, 2:]) / 2
     gt_centers = (gt_boxes[:, :2] + gt_boxes[:, 2:]) / 2
 
-    candidates, usable = [], []
-    start = 0
-    for count in points_per_level:
-        level = slice(start, start + count)
-        # (G, count), the largest array here: one coordinate at a time
-        distance = (centers[level, 0] - gt_centers[:, :1]).square_()
-        distance += (centers[level, 1] - gt_centers[:, 1:]).square_()
-        if valid is not None:
-            distance[:, ~valid[level]] = torch.inf
-        distance, nearest = distance.topk(min(topk, count), dim=1, largest=False)
-        candidates.append(nearest + start)
-        usable.append(distance.isfinite())
-        start += count
-    candidates, usable = torch.cat(candidates, dim=1), torch.cat(usable, dim=1)
+    found = [
+        _nearest_on_each_level(centers, points_per_level, some, valid, topk)
+        for some in gt_centers.split(_OBJECTS_AT_ONCE)
+    ]
+    candidates, usable = (torch.cat(parts) for parts in zip(*found, strict=True))
 
     iou = pairwise_iou_inverted(boxes[candidates], gt_boxes[:, None])  # (G, candidates)
     number = usable.sum(dim=1, keepdim=True)
@@ -128,6 +123,31 @@ def assign_atss(
     won = assignment[chosen] == owners
     quality[chosen[won]] = iou[won]
     return assignment, quality
+
+
+def _nearest_on_each_level(
+    centers: Tensor,
+    points_per_level: list[int],
+    gt_centers: Tensor,
+    valid: Tensor | None,
+    topk: int,
+) -> tuple[Tensor, Tensor]:
+    """Of each object the points (G, candidates) with the nearest centres, level by level, and
+    whether they are valid."""
+    candidates, usable = [], []
+    start = 0
+    for count in points_per_level:
+        level = slice(start, start + count)
+        # one coordinate at a time, for the sake of memory
+        distance = (centers[level, 0] - gt_centers[:, :1]).square_()
+        distance += (centers[level, 1] - gt_centers[:, 1:]).square_()
+        if valid is not None:
+            distance[:, ~valid[level]] = torch.inf
+        distance, nearest = distance.topk(min(topk, count), dim=1, largest=False)
+        candidates.append(nearest + start)
+        usable.append(distance.isfinite())
+        start += count
+    return torch.cat(candidates, dim=1), torch.cat(usable, dim=1)
 
 
 def stride_log2(stride: int) -> int:

@@ -14,8 +14,9 @@ from straight_port import straight_port
 from torch import Tensor, nn
 
 from lsnet_d2.config_file import load_config
-from lsnet_d2.layers import FixedBatchNorm2d, ModulatedDeformConv
+from lsnet_d2.layers import ModulatedDeformConv
 from lsnet_d2.modeling import LSNet
+from lsnet_d2.modeling.backbone import FoldedConv2d
 from lsnet_d2.modeling.vectors import encode_vectors
 
 CANDIDATES = 1000  # scores of an image above the threshold
@@ -104,13 +105,22 @@ def set_statistics(model: nn.Module, image: dict) -> None:
     image, and there is nothing to do behind them.
     """
 
-    def take(norm: nn.Module, inputs: tuple[Tensor]) -> None:
-        variance, mean = torch.var_mean(inputs[0], dim=(0, 2, 3))
+    def take(norm: nn.Module, features: Tensor) -> None:
+        variance, mean = torch.var_mean(features, dim=(0, 2, 3))
         norm.running_mean.copy_(mean)
         norm.running_var.copy_(variance)
 
-    norms = [m for m in model.modules() if isinstance(m, FrozenBatchNorm2d | FixedBatchNorm2d)]
-    hooks = [norm.register_forward_pre_hook(take) for norm in norms]
+    def take_behind(conv: nn.Conv2d, inputs: tuple[Tensor]) -> None:
+        """What a norm that is folded into its convolution would be given."""
+        take(conv.norm, conv._conv_forward(inputs[0], conv.weight, conv.bias))
+
+    hooks = [
+        module.register_forward_pre_hook(take_behind)
+        if isinstance(module, FoldedConv2d)
+        else module.register_forward_pre_hook(lambda norm, inputs: take(norm, inputs[0]))
+        for module in model.modules()
+        if isinstance(module, FoldedConv2d | FrozenBatchNorm2d)
+    ]
     model([image])
     for hook in hooks:
         hook.remove()

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from detectron2.structures import Boxes, BoxMode, Instances, Keypoints, PolygonMasks
 
+from lsnet_d2.data.polygons import polygons_to_rle
+
 OBJECTS = 8  # an image; COCO has 7.3
 VERTICES = 36
 KEYPOINTS = 17
@@ -79,3 +81,60 @@ def dataset_dicts(
             }
         )
     return dicts
+
+
+def crowd(count: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
+    """Boxes (count, 4) XYXY of 12 to 440 pixels, the small ones more frequent."""
+    generator = torch.Generator().manual_seed(seed)
+    size = 8 * torch.rand(count, 2, generator=generator).mul(4).exp() + 4
+    centre = torch.rand(count, 2, generator=generator) * torch.tensor([width, height])
+    limit = torch.tensor([width, height, width, height])
+    return torch.cat([centre - size / 2, centre + size / 2], dim=1).clamp(min=0).minimum(limit)
+
+
+def evaluated(images: int, height: int = 480, width: int = 640, seed: int = 0) -> tuple:
+    """A COCO data set of 80 classes with masks, and results of which some are right."""
+    rng = np.random.default_rng(seed)
+    annotations, results = [], []
+    for image in range(1, images + 1):
+        contours = ellipses(rng, OBJECTS, height, width)
+        classes = rng.integers(1, 81, OBJECTS).tolist()
+        for contour, category in zip(contours, classes, strict=True):
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image,
+                    "category_id": category,
+                    "bbox": to_xywh(contour),
+                    "area": float(cv2.contourArea(contour.astype(np.float32))),
+                    "iscrowd": 0,
+                    "segmentation": [contour.flatten().tolist()],
+                }
+            )
+        noise = rng.normal(size=(OBJECTS, 2, 1, 2)) * np.ptp(contours, axis=1)[:, None, None] / 10
+        found = (contours[:, None] + noise).reshape(-1, *contours.shape[1:])
+        rles = polygons_to_rle(found, height, width)
+        scores = rng.uniform(size=len(found)).tolist()
+        for contour, rle, score, category in zip(
+            found, rles, scores, np.repeat(classes, 2).tolist(), strict=True
+        ):
+            results.append(
+                {
+                    "image_id": image,
+                    "category_id": category,
+                    "bbox": to_xywh(contour),
+                    "segmentation": rle,
+                    "score": score,
+                }
+            )
+    dataset = {
+        "info": {},
+        "images": [{"id": i + 1, "height": height, "width": width} for i in range(images)],
+        "categories": [{"id": i + 1, "name": str(i)} for i in range(80)],
+        "annotations": annotations,
+    }
+    return dataset, results
+
+
+def to_xywh(contour: np.ndarray) -> list[float]:
+    return [*contour.min(axis=0).tolist(), *np.ptp(contour, axis=0).tolist()]

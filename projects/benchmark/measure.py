@@ -5,47 +5,23 @@ left in caches and in memory would count in the next.
 """
 
 import argparse
-import ctypes
 import json
 import statistics
-import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
-from pathlib import Path
 
 import cv2
-import numpy as np
 import torch
+from data_side import data
 from detectors import DETECTORS, build
-from detectron2 import model_zoo
-from detectron2.data import DatasetMapper
 from detectron2.utils.events import EventStorage
-from inputs import dataset_dicts, ellipses, model_inputs
-from pycocotools import mask as mask_util
+from gauges import memory, reset_peak_memory, seconds
+from inputs import model_inputs
 from torch import nn
 
-from lsnet_d2.config_file import load_config
-from lsnet_d2.data.dataset_mapper import LSNetDatasetMapper
-from lsnet_d2.data.polygons import polygons_to_rle
 from lsnet_d2.modeling import LSNet
 from lsnet_d2.modeling.blocks import Tower
 from lsnet_d2.modeling.head import SampledPredictor
-
-ROOT = Path(__file__).resolve().parents[2]
-CONTOURS = 100  # of an image, which become RLEs
-CONTOUR_IMAGE = (480, 640)
-MAPPED_IMAGES = 16
-
-
-def seconds(function: Callable[[], object], repeats: int) -> float:
-    """Median time of a call."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 
 @torch.inference_mode()
@@ -89,21 +65,6 @@ def training(name: str, args: argparse.Namespace) -> dict:
         step()
         time_of_step = seconds(step, args.repeats)
     return {"train_step": time_of_step, "train_memory": memory("VmHWM") - before}
-
-
-def memory(field: str) -> int:
-    """Bytes of this process: now ("VmRSS"), or at most so far ("VmHWM")."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return 1024 * int(line.split()[1])
-    raise OSError(f"/proc/self/status has no {field}: the benchmark needs Linux")
-
-
-def reset_peak_memory() -> None:
-    """Let the peak start anew, at what is in use now."""
-    # what the allocator keeps of freed memory would serve the next step uncounted
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 class StageClock:
@@ -168,49 +129,11 @@ def stages(model: LSNet, inputs: list[dict]) -> dict[str, float]:
     }
 
 
-def data(_name: str, args: argparse.Namespace) -> dict:
-    """Contours to RLEs with and without bitmaps; our mapper and Detectron2's with masks."""
-    contours = ellipses(np.random.default_rng(0), CONTOURS, *CONTOUR_IMAGE)
-    result = {
-        "rle": seconds(lambda: polygons_to_rle(contours, *CONTOUR_IMAGE), 5 * args.repeats),
-        "bitmaps": seconds(lambda: bitmaps_to_rle(contours, *CONTOUR_IMAGE), 5 * args.repeats),
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        dicts = dataset_dicts(Path(folder), MAPPED_IMAGES)
-        for name, mapper in mappers().items():
-            result[name] = seconds(lambda m=mapper: map_all(m, dicts), args.repeats) / len(dicts)
-    return result
-
-
-def bitmaps_to_rle(contours: np.ndarray, height: int, width: int) -> list[dict]:
-    """The masks of contours by way of drawing each."""
-    rles = []
-    for contour in contours:
-        bitmap = np.zeros((height, width), dtype=np.uint8)
-        cv2.fillPoly(bitmap, [contour.round().astype(np.int32)], 1)
-        rle = mask_util.encode(np.asfortranarray(bitmap))
-        rles.append({**rle, "counts": rle["counts"].decode("ascii")})
-    return rles
-
-
-def mappers() -> dict[str, DatasetMapper]:
-    """Ours for boxes and for contours, and Detectron2's for masks; images of the same size."""
-    zoo = model_zoo.get_config("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml")
-    zoo.INPUT.MIN_SIZE_TRAIN = (800,)
-    made = {"mask_mapper": DatasetMapper(zoo, is_train=True)}
-    for name, folder in (("mapper_bbox", "bbox"), ("mapper_segm", "segm")):
-        config = ROOT / "configs" / folder / "lsnet_R_50_FPN_1x.yaml"
-        cfg = load_config(str(config), ["MODEL.DEVICE", "cpu"], need_data_sets=False)
-        made[name] = LSNetDatasetMapper(cfg, is_train=True)
-    return made
-
-
-def map_all(mapper: DatasetMapper, dicts: list[dict]) -> None:
-    for record in dicts:
-        mapper(record)
-
-
-KINDS = {"inference": inference, "training": training, "data": data}
+KINDS = {
+    "inference": inference,
+    "training": training,
+    "data": lambda _name, args: data(args.repeats),
+}
 
 
 def main() -> None:

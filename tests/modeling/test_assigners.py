@@ -129,3 +129,25 @@ def test_iou_of_inverted_boxes():
     inverted = torch.tensor([2.0, 0.0, 0.0, 2.0])
     assert pairwise_iou_inverted(box, shifted).item() == pytest.approx(2 / 6)
     assert pairwise_iou_inverted(inverted, box).item() == 0
+
+
+def test_objects_in_portions(monkeypatch):
+    """The assignment does not depend on how many objects are looked at together."""
+    generator = torch.Generator().manual_seed(0)
+    sizes, strides = [(20, 30), (10, 15), (5, 8)], [8, 16, 32]
+    points = make_anchor_points(sizes, strides, torch.device("cpu"))
+    low = torch.rand(50, 2, generator=generator) * torch.tensor([200.0, 130.0])
+    objects = torch.cat([low, low + torch.rand(50, 2, generator=generator) * 60 + 8], dim=1)
+    predicted = torch.cat([points.xy - 15, points.xy + 15], dim=1)
+    valid = torch.rand(len(points.xy), generator=generator) < 0.9
+
+    def assign():
+        levels = points.per_level
+        nearest = assign_nearest(points.xy, strides, levels, objects, valid=valid, num_positives=4)
+        return nearest, *assign_atss(predicted, levels, objects, valid=valid)
+
+    together = assign()
+    assert (together[0] >= 0).sum() > 50 and (together[1] >= 0).sum() > 30
+    monkeypatch.setattr("lsnet_d2.modeling.assigners._OBJECTS_AT_ONCE", 7)
+    for ours, expected in zip(assign(), together, strict=True):
+        assert torch.equal(ours, expected)

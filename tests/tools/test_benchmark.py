@@ -17,6 +17,8 @@ RATIOS = {
     "rle/bitmaps",
     "mapper_bbox/mask_mapper",
     "mapper_segm/mask_mapper",
+    "targets_1000/targets_10",
+    "evaluation/pycocotools",
 }
 SECONDS = {"lsnet": 2.0, "lsnet_conv_tower": 1.5, "straight_port": 8.0, "retinanet": 4.0}
 SETTINGS = {
@@ -45,6 +47,8 @@ class Machine:
             return {
                 **{"rle": 0.1 * slow, "bitmaps": 1.0 * slow},
                 **{"mask_mapper": 0.2, "mapper_bbox": 0.1, "mapper_segm": 0.3},
+                **{"targets_10": 0.1, "targets_1000": 0.5, "targets_memory": 2e8},
+                **{"evaluation": 1.0, "pycocotools": 8.0},
             }
         value = SECONDS[name] * slow
         if kind == "training":
@@ -118,6 +122,7 @@ def test_report(fake, tmp_path):
     assert "| RetinaNet | 4.00 | 0.25 | 12.00 | 4000 | 100 |" in text
     assert "| LSNet | 1.000 | 1.000 |" in text
     assert "| inference/straight_port | 0.25 |" in text
+    assert "Targets of 1,000 objects take at most 200 MB more." in text
     assert "96 x 64; training 2 of 48 x 32; Abacus, 2 threads, torch 2" in text
 
 
