@@ -1,5 +1,6 @@
 """The skeleton of a data set: names of keypoints, left and right pairs, bones, OKS sigmas."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,9 @@ from detectron2.data.datasets.builtin_meta import (
 
 from ..errors import ConfigError
 
+# What a category of a COCO file says about keypoints; the last two are not COCO's own.
+SKELETON_KEYS = ("keypoints", "skeleton", "keypoint_flip_map", "keypoint_oks_sigmas")
+
 _SIDES = ("left", "right")
 _BONE_COLOR = (102, 204, 255)
 
@@ -20,15 +24,19 @@ def skeleton_metadata(categories: Sequence[dict]) -> dict[str, Any]:
     """What Detectron2's metadata say about keypoints, from a COCO file's ``categories``.
 
     The names are those under ``keypoints``. Names that differ in "left" and "right" alone are
-    pairs. The bones are those of ``skeleton``; where the keypoints are COCO's, Detectron2's.
+    pairs. The bones are those of ``skeleton``; where the keypoints are COCO's, Detectron2's. Two
+    keys beyond COCO's are read from the first category that has keypoints: ``keypoint_flip_map``,
+    pairs [left name, right name], in place of those that the names tell; and
+    ``keypoint_oks_sigmas``, a tolerance for each keypoint.
 
     Returns:
-        ``keypoint_names``, ``keypoint_flip_map``, ``keypoint_connection_rules``; empty where no
-        category has keypoints.
+        ``keypoint_names``, ``keypoint_flip_map``, ``keypoint_connection_rules``, and
+        ``keypoint_oks_sigmas`` where the file has them; empty where no category has keypoints.
 
     Raises:
-        ValueError: categories have different keypoints, a name occurs twice, or a bone leads to
-            none; the message names the category.
+        ValueError: categories have different keypoints, a name occurs twice, a bone or a pair
+            leads to none, or the tolerances are not positive numbers, one a keypoint; the message
+            names the category.
     """
     with_keypoints = [c for c in categories if c.get("keypoints")]
     if not with_keypoints:
@@ -55,11 +63,46 @@ def skeleton_metadata(categories: Sequence[dict]) -> dict[str, Any]:
             )
         rules = [(names[a - 1], names[b - 1], _BONE_COLOR) for a, b in bones]
         flip_map = _pairs(names)
-    return {
+    if first.get("keypoint_flip_map") is not None:
+        flip_map = _given_pairs(first, names)
+    metadata = {
         "keypoint_names": names,
         "keypoint_flip_map": flip_map,
         "keypoint_connection_rules": rules,
     }
+    sigmas = first.get("keypoint_oks_sigmas")
+    if sigmas is not None:
+        if len(sigmas) != len(names) or not all(_is_finite(s) and s > 0 for s in sigmas):
+            raise ValueError(
+                f"the keypoint_oks_sigmas of category {first['name']!r} are not "
+                f"{len(names)} positive numbers, one a keypoint"
+            )
+        metadata["keypoint_oks_sigmas"] = list(sigmas)
+    return metadata
+
+
+def check_triples(keypoints: Sequence) -> None:
+    """
+    Raises:
+        ValueError: the keypoints of an annotation are not finite triples x, y, visibility.
+    """
+    if len(keypoints) % 3 or not all(map(_is_finite, keypoints)):
+        raise ValueError("its keypoints are not finite triples x, y, visibility")
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _given_pairs(category: dict, names: list[str]) -> list[tuple[str, str]]:
+    pairs = [tuple(pair) for pair in category["keypoint_flip_map"]]
+    paired = [name for pair in pairs for name in pair]
+    if not set(paired) <= set(names) or len(set(paired)) < len(paired) or any(len(p) != 2 for p in pairs):
+        raise ValueError(
+            f"the keypoint_flip_map of category {category['name']!r} is not a list of pairs of "
+            "its keypoints, each in one pair at most"
+        )
+    return pairs
 
 
 def _pairs(names: list[str]) -> list[tuple[str, str]]:
