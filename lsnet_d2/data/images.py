@@ -1,14 +1,18 @@
 """Images from files and from memory, with errors that name them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.utils.file_io import PathManager
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from ..errors import UserError
 
 # What PIL raises over damaged files.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+_FIRST_TURNED = 5  # of the orientations 1 to 8 in EXIF data, those that exchange the sides
 
 
 class ImageError(UserError):
@@ -32,15 +36,33 @@ def read_image(file_name: str, image_format: str) -> np.ndarray:
         ImageError: there is no such file, it is truncated or no image, or its pixels are real
             numbers.
     """
+    with _open_image(file_name) as image:
+        image.load()
+        image = ImageOps.exif_transpose(image)
+    return _to_array(image, image_format, file_name)
+
+
+def read_image_size(file_name: str) -> tuple[int, int]:
+    """(height, width) of what :func:`read_image` gives, without decoding the pixels.
+
+    Raises:
+        ImageError: there is no such file, or it is no image. A truncated one is not found out.
+    """
+    with _open_image(file_name) as image:
+        width, height = image.size
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= _FIRST_TURNED
+    return (width, height) if turned else (height, width)
+
+
+@contextmanager
+def _open_image(file_name: str) -> Iterator[Image.Image]:
     try:
         with PathManager.open(file_name, "rb") as file, Image.open(file) as image:
-            image.load()
-            image = ImageOps.exif_transpose(image)
+            yield image
     except FileNotFoundError as error:
         raise ImageError(f"{file_name}: no such image file") from error
     except _DAMAGE as error:
         raise ImageError(f"{file_name}: not a complete image file: {error}") from error
-    return _to_array(image, image_format, file_name)
 
 
 def convert_image(

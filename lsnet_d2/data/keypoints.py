@@ -97,7 +97,8 @@ def _is_finite(value: object) -> bool:
 def _given_pairs(category: dict, names: list[str]) -> list[tuple[str, str]]:
     pairs = [tuple(pair) for pair in category["keypoint_flip_map"]]
     paired = [name for pair in pairs for name in pair]
-    if not set(paired) <= set(names) or len(set(paired)) < len(paired) or any(len(p) != 2 for p in pairs):
+    once = len(set(paired)) == len(paired) == 2 * len(pairs)
+    if not once or not set(paired) <= set(names) or any(len(pair) != 2 for pair in pairs):
         raise ValueError(
             f"the keypoint_flip_map of category {category['name']!r} is not a list of pairs of "
             "its keypoints, each in one pair at most"
