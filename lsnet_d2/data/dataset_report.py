@@ -250,24 +250,23 @@ class _Checker:
     def _check_annotation(self, annotation: dict, box_problem: str) -> dict | None:
         """The annotation as it can be used, or None."""
         name, image = self._name(annotation), self.images[annotation["image_id"]]
-        category = annotation["category_id"]
-        if not _is_id(category) or category not in self.categories:
-            self._report(name, unknown_category(annotation))
-            category = None
-        names = self.categories.get(category, {}).get("keypoints") or []
-        result = dict(annotation)
-        for text, repair in (
-            *repair_segmentation(result, image),
-            *repair_keypoints(result, len(names)),
-            *repair_extreme_points(result),
-            *repair_area(result),
-        ):
-            self._report(name, text, repair)
-        if not box_problem:
-            return result
-        repair = repair_box(result, image)
-        self._report(name, box_problem, repair or LEFT_OUT)
-        return result if repair else None
+        result, category, found = dict(annotation), {}, []
+        if _is_id(annotation["category_id"]) and annotation["category_id"] in self.categories:
+            category = self.categories[annotation["category_id"]]
+        else:
+            found.append((unknown_category(annotation), ""))
+        found += repair_segmentation(result, image)
+        found += repair_keypoints(result, len(category.get("keypoints") or ()))
+        found += repair_extreme_points(result)
+        found += repair_area(result)
+        usable = True
+        if box_problem:
+            repair = repair_box(result, image)
+            found.append((box_problem, repair))
+            usable = bool(repair)
+        for text, repair in found:
+            self._report(name, text, repair if usable else LEFT_OUT)
+        return result if usable else None
 
     def _check_named(self, annotations: list[dict]) -> None:
         """Keypoints of a class without names would be left out of training without a word."""

@@ -43,10 +43,11 @@ def read_image(file_name: str, image_format: str) -> np.ndarray:
 
 
 def read_image_size(file_name: str) -> tuple[int, int]:
-    """(height, width) of what :func:`read_image` gives, without decoding the pixels.
+    """(height, width) of what :func:`read_image` gives, without decoding the pixels (but for PNG,
+    which may have its EXIF data after them).
 
     Raises:
-        ImageError: there is no such file, or it is no image. A truncated one is not found out.
+        ImageError: there is no such file, or it is no image. A truncated one may not be found out.
     """
     with _open_image(file_name) as image:
         width, height = image.size
