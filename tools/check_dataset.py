@@ -102,8 +102,8 @@ def main() -> None:
         print(problem)
     repairable = len(report.problems) - len(report.remaining)
     print(
-        f"{args.annotations}: {len(report.problems)} problems, {repairable} of which "
-        f"{'are repaired' if args.fix else '--fix repairs'}\n"
+        f"{args.annotations}: problems: {len(report.problems)}, "
+        f"{'repaired' if args.fix else 'that --fix repairs'}: {repairable}\n"
     )
     left = report.remaining if args.fix else report.problems
     if args.fix:
@@ -118,7 +118,7 @@ def main() -> None:
     else:
         print("no statistics: the lists of the file cannot be used")
     if args.write_config and left:
-        print(f"{args.write_config} is not written: {len(left)} problems are left")
+        print(f"{args.write_config} is not written; problems left: {len(left)}")
     elif args.write_config:
         write_starting_config(args, report.repaired)
     sys.exit(1 if left else 0)

@@ -83,7 +83,7 @@ def register_coco_files(files: Sequence[Sequence[str]]) -> None:
         ConfigError: ``files`` is something else.
     """
     for entry in files:
-        parts = [] if isinstance(entry, str) else list(entry)
+        parts = list(entry) if isinstance(entry, (list, tuple)) else []
         if len(parts) != 3 or not all(isinstance(part, str) for part in parts):
             raise ConfigError(
                 "DATASETS.COCO_FILES must list [name, annotation file, folder of images], not "

@@ -12,7 +12,7 @@ from ..errors import UserError
 
 # What PIL raises over damaged files.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
-_FIRST_TURNED = 5  # of the orientations 1 to 8 in EXIF data, those that exchange the sides
+_TURNED = (5, 6, 7, 8)  # orientations in EXIF data that exchange width and height
 
 
 class ImageError(UserError):
@@ -51,7 +51,7 @@ def read_image_size(file_name: str) -> tuple[int, int]:
     """
     with _open_image(file_name) as image:
         width, height = image.size
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= _FIRST_TURNED
+        turned = image.getexif().get(ExifTags.Base.Orientation) in _TURNED
     return (width, height) if turned else (height, width)
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lsnet_d2.data.images import ImageError, convert_image, read_image
+from lsnet_d2.data.images import ImageError, convert_image, read_image, read_image_size
 
 GRADIENT = np.arange(12 * 20, dtype=np.uint8).reshape(12, 20)
 
@@ -39,6 +39,17 @@ def test_turned_as_exif_says(tmp_path):
     exif[0x0112] = 6
     file = save(tmp_path / "turned.png", np.repeat(GRADIENT[..., None], 3, axis=2), exif=exif)
     np.testing.assert_array_equal(read_image(file, "RGB")[:, :, 0], np.rot90(GRADIENT, -1))
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_sizes_are_those_of_what_is_read(tmp_path, suffix, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = save(tmp_path / f"a.{suffix}", GRADIENT, exif=exif)
+    assert read_image_size(file) == read_image(file, "RGB").shape[:2]
+    with pytest.raises(ImageError, match="gone.png: no such image file"):
+        read_image_size(str(tmp_path / "gone.png"))
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
