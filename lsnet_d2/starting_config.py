@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from detectron2.data.datasets.builtin_meta import COCO_PERSON_KEYPOINT_NAMES
 
 from .data.dataset_statistics import class_statistics
 from .data.keypoints import skeleton_metadata
@@ -99,7 +100,7 @@ def _categories(data: dict[str, Any]) -> list[dict]:
 
 def _oks_sigmas(skeleton: dict[str, Any]) -> dict[str, list[float]]:
     """What the config must say where neither the file nor COCO knows the tolerances."""
-    count = len(skeleton["keypoint_names"])
-    if "keypoint_oks_sigmas" in skeleton or count == len(COCO_OKS_SIGMAS):
+    names = tuple(skeleton["keypoint_names"])
+    if "keypoint_oks_sigmas" in skeleton or names == tuple(COCO_PERSON_KEYPOINT_NAMES):
         return {}
-    return {"KEYPOINT_OKS_SIGMAS": [round(float(np.mean(COCO_OKS_SIGMAS)), 3)] * count}
+    return {"KEYPOINT_OKS_SIGMAS": [round(float(np.mean(COCO_OKS_SIGMAS)), 3)] * len(names)}

@@ -3,6 +3,7 @@ import json
 import pytest
 import yaml
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets.builtin_meta import COCO_PERSON_KEYPOINT_NAMES
 from own_data import CATEGORIES, write_own_data
 from tiny_coco import ROOT
 
@@ -78,3 +79,10 @@ def test_tolerances_of_the_file(tmp_path, train):
     config = yaml.safe_load(write(tmp_path, train=train).read_text())
     assert "TEST" not in config  # the data set's own are used
     assert config["MODEL"]["LSNET"]["KEYPOINT_CLASSES"] == []
+
+
+@pytest.mark.parametrize("names", [COCO_PERSON_KEYPOINT_NAMES, [f"k{i}" for i in range(17)]])
+def test_tolerances_of_cocos_people_are_for_them_alone(tmp_path, train, names):
+    train.data["categories"] = [{"id": 20, "name": "person", "keypoints": list(names)}]
+    config = yaml.safe_load(write(tmp_path, train=train).read_text())
+    assert ("TEST" in config) == (names != COCO_PERSON_KEYPOINT_NAMES)

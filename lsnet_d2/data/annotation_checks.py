@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -288,9 +287,9 @@ def _numbers(value: object, shape: tuple[int, ...]) -> np.ndarray | None:
         array = np.array(value)
     except ValueError:  # not all rows are alike
         return None
-    if array.dtype.kind not in "iuf" or array.size != math.prod(shape):
+    if array.dtype.kind not in "iuf" or array.shape != shape:
         return None
-    return array.astype(np.float64).reshape(shape)
+    return array.astype(np.float64)
 
 
 def _annotation_problem(

@@ -136,7 +136,10 @@ class _Checker:
                 lacking[index] = f"entry number {index} of {key!r} has the id {entry['id']!r}"
         for _, text in sorted(lacking.items()):
             self._report(_FILE, text, repair)
-        return [entry for index, entry in enumerate(entries) if index not in lacking]
+        complete = [entry for index, entry in enumerate(entries) if index not in lacking]
+        if with_id and len({isinstance(entry["id"], str) for entry in complete}) > 1:
+            self._report(_FILE, f"some ids of {key!r} are numbers and some are text")
+        return complete
 
     def _without_copies(self, entries: list[dict], name: Callable[[dict], str]) -> list[dict]:
         first, kept = {}, []
@@ -256,7 +259,8 @@ class _Checker:
         else:
             found.append((unknown_category(annotation), ""))
         found += repair_segmentation(result, image)
-        found += repair_keypoints(result, len(category.get("keypoints") or ()))
+        names = category.get("keypoints")
+        found += repair_keypoints(result, len(names) if isinstance(names, list) else 0)
         found += repair_extreme_points(result)
         found += repair_area(result)
         usable = True

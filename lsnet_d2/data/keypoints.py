@@ -34,17 +34,19 @@ def skeleton_metadata(categories: Sequence[dict]) -> dict[str, Any]:
         ``keypoint_oks_sigmas`` where the file has them; empty where no category has keypoints.
 
     Raises:
-        ValueError: categories have different keypoints, a name occurs twice, a bone or a pair
-            leads to none, or the tolerances are not positive numbers, one a keypoint; the message
-            names the category.
+        ValueError: names are not text, categories have different keypoints, a name occurs twice, a
+            bone or a pair leads to none, or the tolerances are not positive numbers, one a
+            keypoint; the message names the category.
     """
     with_keypoints = [c for c in categories if c.get("keypoints")]
     if not with_keypoints:
         return {}
     first = with_keypoints[0]
-    names = list(first["keypoints"])
+    names = first["keypoints"]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"the keypoints of category {first['name']!r} are not a list of names")
     for category in with_keypoints:
-        if list(category["keypoints"]) != names:
+        if category["keypoints"] != names:
             raise ValueError(
                 f"category {category['name']!r} has other keypoints than {first['name']!r}; "
                 "a data set can have one skeleton"
@@ -56,23 +58,28 @@ def skeleton_metadata(categories: Sequence[dict]) -> dict[str, Any]:
         flip_map = list(COCO_PERSON_KEYPOINT_FLIP_MAP)
     else:
         bones = first.get("skeleton") or []
-        if not all(1 <= end <= len(names) for bone in bones for end in bone):
+        numbers = range(1, len(names) + 1)
+        if not _are_pairs(bones) or not all(end in numbers for bone in bones for end in bone):
             raise ValueError(
                 f"category {first['name']!r} has a bone to a keypoint that it does not have "
                 f"(numbers are 1 to {len(names)})"
             )
-        rules = [(names[a - 1], names[b - 1], _BONE_COLOR) for a, b in bones]
+        rules = [(names[int(a) - 1], names[int(b) - 1], _BONE_COLOR) for a, b in bones]
         flip_map = _pairs(names)
     if first.get("keypoint_flip_map") is not None:
         flip_map = _given_pairs(first, names)
     metadata = {
-        "keypoint_names": names,
+        "keypoint_names": list(names),
         "keypoint_flip_map": flip_map,
         "keypoint_connection_rules": rules,
     }
     sigmas = first.get("keypoint_oks_sigmas")
     if sigmas is not None:
-        if len(sigmas) != len(names) or not all(_is_finite(s) and s > 0 for s in sigmas):
+        if not (
+            isinstance(sigmas, list)
+            and len(sigmas) == len(names)
+            and all(_is_finite(sigma) and sigma > 0 for sigma in sigmas)
+        ):
             raise ValueError(
                 f"the keypoint_oks_sigmas of category {first['name']!r} are not "
                 f"{len(names)} positive numbers, one a keypoint"
@@ -94,16 +101,19 @@ def _is_finite(value: object) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
+def _are_pairs(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(p, list) and len(p) == 2 for p in value)
+
+
 def _given_pairs(category: dict, names: list[str]) -> list[tuple[str, str]]:
-    pairs = [tuple(pair) for pair in category["keypoint_flip_map"]]
-    paired = [name for pair in pairs for name in pair]
-    once = len(set(paired)) == len(paired) == 2 * len(pairs)
-    if not once or not set(paired) <= set(names) or any(len(pair) != 2 for pair in pairs):
+    pairs = category["keypoint_flip_map"]
+    paired = [name for pair in pairs for name in pair] if _are_pairs(pairs) else [None]
+    if not all(paired.count(name) == 1 and name in names for name in paired):
         raise ValueError(
             f"the keypoint_flip_map of category {category['name']!r} is not a list of pairs of "
             "its keypoints, each in one pair at most"
         )
-    return pairs
+    return [(left, right) for left, right in pairs]
 
 
 def _pairs(names: list[str]) -> list[tuple[str, str]]:

@@ -73,6 +73,11 @@ def test_good_data_stay_as_they_are(data, tmp_path, decode_images):
         ({"bbox": [20, 10, 0, 40]}, "[20, 10, 0, 40] has no width", {"bbox": [20, 10, 40, 40]}),
         ({"bbox": [100, 0, 9, 9]}, "lies outside its image of 100 x", {"bbox": [20, 10, 40, 40]}),
         ({"bbox": [20, 10, NAN, 40]}, "is not four finite numbers", {"bbox": [20, 10, 40, 40]}),
+        (
+            {"bbox": [[20, 10], [40, 40]]},
+            "its box [[20, 10], [40, 40]] is not four",
+            {"bbox": [20, 10, 40, 40]},
+        ),
         ({"bbox": None}, "its box None is not four", {"bbox": [20, 10, 40, 40]}),
         ({"segmentation": POLYGON}, "a flat list of numbers", {"segmentation": [POLYGON]}),
         (
@@ -234,6 +239,12 @@ def test_ids_that_stand_for_two(data, tmp_path):
             "entry 3 of 'categories' has no 'name'",
         ),
         ("categories", [{"id": 3, "name": "a", "keypoints": ["x", "x"]}], "'a' has two keypoints"),
+        (
+            "categories",
+            [{"id": 3, "name": "a"}, {"id": "7", "name": "b"}],
+            "ids of 'categories' are",
+        ),
+        ("categories", [{"id": 3, "name": "a", "keypoints": 5}], "are not a list of names"),
         ("images", [], "there is no image that can be read"),
     ],
 )
