@@ -11,7 +11,6 @@ import os
 import sys
 from pathlib import Path
 
-import lsnet_d2  # noqa: F401  (registers what configs name)
 from lsnet_d2.data.coco_json import read_coco_json, read_coco_lists
 from lsnet_d2.data.dataset_report import report_dataset
 from lsnet_d2.data.dataset_statistics import format_statistics, plot_statistics
@@ -92,8 +91,10 @@ def main() -> None:
         parser.error("--val is for the config: give --write-config")
     for path in filter(None, (args.fix, args.plot, args.write_config)):
         require_new_file(path, overwrite=args.overwrite)
-    if args.fix and os.path.exists(args.fix) and os.path.samefile(args.fix, args.annotations):
+    if args.fix and os.path.realpath(args.fix) == os.path.realpath(args.annotations):
         raise UserError(f"--fix {args.fix} is DATA.json itself; it stays as it is")
+    if not os.path.isfile(args.base_config):
+        raise UserError(f"--base-config {args.base_config}: no such config file")
     require_data(args.annotations, args.images)
     report = report_dataset(
         read_coco_lists(args.annotations), args.images, decode_images=not args.quick

@@ -98,6 +98,8 @@ def test_user_errors(run, data, tmp_path):
     args = ("--write-config", tmp_path / "own.yaml", "--val", data[0], tmp_path / "gone")
     status, _, err = run(*args)
     assert status == 2 and "no folder of images" in err
+    status, _, err = run("--base-config", "gone.yaml")
+    assert status == 2 and "--base-config gone.yaml: no such config file" in err
     data[0].write_text("[")
     status, _, err = run()
     assert status == 2 and "train.json: not a complete JSON file" in err
