@@ -16,7 +16,7 @@ from pycocotools.cocoeval import Params
 
 from .config_file import classes_key, num_classes
 from .errors import ConfigError, UserError
-from .exports import category_ids, coco_results, landmark_columns
+from .exports import coco_results, landmark_columns, with_category_ids
 from .files import atomic_write
 from .ground_truth import (
     GROUND_TRUTHS,
@@ -203,23 +203,8 @@ class LSNetEvaluator(COCOEvaluator):
 
     def _with_category_ids(self, predictions: list[dict]) -> list[dict]:
         """Predictions with the annotation file's ids of classes, not the model's."""
-        ids = category_ids(self._metadata)
-        if ids is None:
-            return predictions
-        unknown = {r["category_id"] for p in predictions for r in p["instances"]} - ids.keys()
-        if unknown:
-            raise UserError(
-                f"the model predicts class {min(unknown)}, but data set {self._metadata.name} has "
-                f"classes 0 to {max(ids)}"
-            )
         return [
-            {
-                **prediction,
-                "instances": [
-                    {**result, "category_id": ids[result["category_id"]]}
-                    for result in prediction["instances"]
-                ],
-            }
+            {**prediction, "instances": with_category_ids(prediction["instances"], self._metadata)}
             for prediction in predictions
         ]
 

@@ -1,4 +1,4 @@
-"""Detections in the formats of other programs: COCO's results, labelme, GeoJSON."""
+"""Detections as pictures and in the formats of other programs: COCO's results, labelme, GeoJSON."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,9 +10,13 @@ import torch
 from detectron2.data import Metadata
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
+from PIL import Image
 
-from .data.images import read_image
+from .data.catalog import class_name
+from .data.images import ImageError, ImageLike, load_image
+from .data.keypoints import known_keypoint_names
 from .data.polygons import mask_to_polygons, polygons_to_rle, signed_area
+from .errors import UserError
 from .visualizer import LSNetVisualizer
 
 # What of an object is written, and the fields that it is taken from, the first that there is.
@@ -67,10 +71,25 @@ def landmark_columns(landmarks: Mapping[str, torch.Tensor]) -> dict[str, list]:
     return columns
 
 
-def category_ids(metadata: Metadata | None) -> dict[int, int] | None:
-    """The annotation file's id of each class of the model; None where there is no such file."""
-    contiguous = metadata and metadata.get("thing_dataset_id_to_contiguous_id")
-    return contiguous and {index: identity for identity, index in contiguous.items()}
+def with_category_ids(results: list[dict[str, Any]], metadata: Metadata) -> list[dict[str, Any]]:
+    """COCO's results with the annotation file's ids of classes in place of the model's.
+
+    They stay as they are where there is no such file.
+
+    Raises:
+        UserError: the file has fewer classes than the model.
+    """
+    contiguous = metadata.get("thing_dataset_id_to_contiguous_id")
+    if not contiguous:
+        return results
+    ids = {index: identity for identity, index in contiguous.items()}
+    unknown = {result["category_id"] for result in results} - ids.keys()
+    if unknown:
+        raise UserError(
+            f"the model predicts class {min(unknown)}, but data set "
+            f"{metadata.get('name', 'of the metadata')} has classes 0 to {max(ids)}"
+        )
+    return [{**result, "category_id": ids[result["category_id"]]} for result in results]
 
 
 @dataclass(frozen=True)
@@ -84,64 +103,110 @@ class _Detection:
     keypoints: dict[str, tuple[float, float, float]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Results:
-    """The detections of one image, for other programs.
+class Results(Instances):
+    """The detections of one image, which can be drawn and written for other programs.
 
-    Attributes:
-        instances: what :class:`lsnet_d2.LSNetPredictor` returns for the image.
-        metadata: of the data set, with the names of classes and keypoints and the ids of
-            categories; what it does not know is a number, counted from 0.
-        file_name: of the image.
+    :class:`lsnet_d2.LSNetPredictor` returns them. They are Detectron2's ``Instances``, and stay
+    ``Results`` when indexed: ``results[results.scores > 0.5].to_geojson()``.
 
     Examples:
-        >>> predict = LSNetPredictor("config.yaml", weights="model_final.pth")
-        >>> results = Results(
-        ...     instances=predict("photo.jpg"), metadata=predict.metadata, file_name="photo.jpg"
-        ... )
+        >>> results = LSNetPredictor("config.yaml", weights="model_final.pth")("photo.jpg")
+        >>> results.draw().save("found.jpg")
         >>> json.dump(results.to_labelme(parts=["contour"]), file)
     """
 
-    instances: Instances
-    metadata: Metadata | None = None
-    file_name: str | os.PathLike = ""
+    def __init__(
+        self,
+        instances: Instances,
+        *,
+        metadata: Metadata | None = None,
+        file_name: str | os.PathLike | None = None,
+        array_format: str = "BGR",
+    ) -> None:
+        """
+        Args:
+            instances: with the fields that a model predicts, in pixels of the image. The fields
+                are shared.
+            metadata: of the data set, with the names of classes and keypoints and the ids of
+                categories; what it does not know is a number, counted from 0.
+            file_name: of the image; None where it is in memory.
+            array_format: "BGR" or "RGB", the order of the channels of an array that :meth:`draw`
+                is given.
+        """
+        super().__init__(instances.image_size, **instances.get_fields())
+        # Instances takes a name without an underscore for a field
+        self._metadata = metadata
+        self._file_name = None if file_name is None else os.fspath(file_name)
+        self._array_format = array_format
+
+    @property
+    def metadata(self) -> Metadata | None:
+        return self._metadata
+
+    @property
+    def file_name(self) -> str | None:
+        return self._file_name
+
+    def to(self, *args: Any, **kwargs: Any) -> "Results":
+        return self._with_fields_of(super().to(*args, **kwargs))
+
+    def __getitem__(self, item: int | slice | torch.Tensor) -> "Results":
+        return self._with_fields_of(super().__getitem__(item))
+
+    def _with_fields_of(self, instances: Instances) -> "Results":
+        return Results(
+            instances,
+            metadata=self._metadata,
+            file_name=self._file_name,
+            array_format=self._array_format,
+        )
 
     def to_coco(self, image_id: int) -> list[dict[str, Any]]:
         """A list as pycocotools' ``loadRes`` takes it, and as evaluation writes it to its file.
 
         Args:
             image_id: of the image in the annotation file.
+
+        Raises:
+            UserError: the metadata have fewer classes than the model.
         """
-        instances = self.instances.to("cpu")
+        instances = self.to("cpu")
         landmarks = {
             name: instances.get(name).float() for name in RESULT_KEYS if instances.has(name)
         }
         columns = landmark_columns(landmarks)
-        ids = category_ids(self.metadata)
-        results = coco_results(instances, image_id)
+        results = with_category_ids(coco_results(instances, image_id), self._known())
         for index, result in enumerate(results):
-            if ids:
-                result["category_id"] = ids[result["category_id"]]
             result.update({key: points[index] for key, points in columns.items()})
         return results
 
     def to_labelme(
-        self, *, parts: Sequence[str] | None = None, keypoint_threshold: float = 0.05
+        self,
+        *,
+        parts: Sequence[str] | None = None,
+        keypoint_threshold: float = 0.05,
+        image_path: str | None = None,
     ) -> dict[str, Any]:
         """A file of labelme 5: boxes as rectangles, contours as polygons, keypoints as points.
 
         The shapes of an object have its index for ``group_id``, and its score for a description.
-        Labelme finds the image by ``imagePath``, which is ``file_name`` as it is: it starts from
-        the folder of the labelme file.
 
         Args:
             parts: which of :data:`PARTS`; None: those that there are.
             keypoint_threshold: lowest score of a keypoint.
+            image_path: where labelme finds the image, from the folder of the labelme file. None:
+                beside it, under the name of its file.
 
         Raises:
-            ValueError: a part is unknown, or the detections do not have it.
+            ValueError: a part is unknown, or the detections do not have it; or ``image_path`` is
+                needed, as the image is of no file.
+            UserError: the metadata name another number of keypoints.
         """
-        height, width = self.instances.image_size
+        if image_path is None:
+            if self._file_name is None:
+                raise ValueError("the image is of no file: give the image_path that it will have")
+            image_path = os.path.basename(self._file_name)
+        height, width = self.image_size
         shapes = []
         for index, found in enumerate(self._detections(parts, keypoint_threshold)):
             drawn = [] if found.box is None else [("rectangle", found.label, found.box)]
@@ -165,7 +230,7 @@ class Results:
             "version": LABELME_VERSION,
             "flags": {},
             "shapes": shapes,
-            "imagePath": os.fspath(self.file_name),
+            "imagePath": image_path,
             "imageData": None,
             "imageHeight": height,
             "imageWidth": width,
@@ -186,7 +251,8 @@ class Results:
             parts, keypoint_threshold: see :meth:`to_labelme`.
 
         Raises:
-            ValueError: see :meth:`to_labelme`.
+            ValueError: a part is unknown, or the detections do not have it.
+            UserError: the metadata name another number of keypoints.
         """
         features = []
         for index, found in enumerate(self._detections(parts, keypoint_threshold)):
@@ -215,44 +281,61 @@ class Results:
             ]
         return {"type": "FeatureCollection", "features": features}
 
-    def draw(self, image: np.ndarray | None = None, **style: Any) -> np.ndarray:
-        """A picture of the detections, RGB, of the image's size or enlarged.
+    def draw(
+        self,
+        image: ImageLike | None = None,
+        *,
+        identities: Sequence[int] | None = None,
+        **style: Any,
+    ) -> Image.Image:
+        """A picture of the detections, of the image's size or enlarged.
 
         Args:
-            image: (H, W, 3) RGB; None: that of ``file_name``.
+            image: as the predictor takes it; None: that of ``file_name``.
+            identities: see :meth:`LSNetVisualizer.draw_instance_predictions`.
             style: of :class:`lsnet_d2.visualizer.LSNetVisualizer`.
 
         Raises:
-            ImageError: the file cannot be read.
+            ImageError: the image cannot be read, or is of another size.
+            UserError: the metadata name another number of keypoints.
+            ValueError: ``image`` is needed, as there is no file of it.
         """
         if image is None:
-            image = read_image(os.fspath(self.file_name), "RGB")
-        visualizer = LSNetVisualizer(image, self.metadata, **style)
-        return visualizer.draw_instance_predictions(self.instances).get_image()
+            if self._file_name is None:
+                raise ValueError("the image is of no file: give the image to draw on")
+            image = self._file_name
+        pixels = load_image(image, "RGB", array_format=self._array_format)
+        (height, width), (own_height, own_width) = pixels.shape[:2], self.image_size
+        if (height, width) != (own_height, own_width):
+            raise ImageError(
+                f"the image to draw on has {width} x {height} pixels, but the detections are of "
+                f"one with {own_width} x {own_height}"
+            )
+        visualizer = LSNetVisualizer(pixels, self._metadata, **style)
+        drawn = visualizer.draw_instance_predictions(self, identities=identities)
+        return Image.fromarray(drawn.get_image())
 
-    def _fields(self, parts: Sequence[str] | None) -> dict[str, str]:
+    def _known(self) -> Metadata:
+        return Metadata() if self._metadata is None else self._metadata
+
+    def _field_names(self, parts: Sequence[str] | None) -> dict[str, str]:
         """The field of each part that is to be written."""
         there = {
-            part: next(filter(self.instances.has, names))
+            part: next(filter(self.has, names))
             for part, names in PARTS.items()
-            if any(map(self.instances.has, names))
+            if any(map(self.has, names))
         }
         for part in parts or ():
             if part not in there:
                 raise ValueError(f"part {part!r}: the detections have {', '.join(there)}")
         return {part: there[part] for part in (there if parts is None else parts)}
 
-    def _names(self, key: str, count: int) -> list[str]:
-        names = self.metadata.get(key) if self.metadata else None
-        return [str(name) for name in names or range(count)]
-
     def _detections(
         self, parts: Sequence[str] | None, keypoint_threshold: float
     ) -> Iterator[_Detection]:
-        fields = self._fields(parts)
-        instances = self.instances.to("cpu")
+        fields = self._field_names(parts)
+        instances, metadata = self.to("cpu"), self._known()
         classes = instances.pred_classes.tolist()
-        labels = self._names("thing_classes", max(classes, default=-1) + 1)
         for index, (label, score) in enumerate(
             zip(classes, instances.scores.tolist(), strict=True)
         ):
@@ -265,13 +348,13 @@ class Results:
                 values["outlines"] = mask_to_polygons(contour) if is_mask else [contour]
             if "keypoints" in fields:
                 points = instances.pred_keypoints[index].tolist()
-                names = self._names("keypoint_names", len(points))
+                names = known_keypoint_names(metadata, len(points)) or range(len(points))
                 values["keypoints"] = {
-                    name: tuple(point)
+                    str(name): tuple(point)
                     for name, point in zip(names, points, strict=True)
                     if point[2] >= keypoint_threshold
                 }
-            yield _Detection(label=labels[label], score=score, **values)
+            yield _Detection(label=class_name(metadata, label), score=score, **values)
 
 
 def _rounded(points: np.ndarray) -> list[list[float]]:

@@ -1,5 +1,6 @@
 import copy
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -10,8 +11,11 @@ from PIL import Image
 from pycocotools.cocoeval import COCOeval
 
 from lsnet_d2 import Results
+from lsnet_d2.data.images import ImageError
 from lsnet_d2.data.polygons import signed_area
+from lsnet_d2.errors import UserError
 from lsnet_d2.ground_truth import coco_index
+from lsnet_d2.visualizer import LSNetVisualizer
 
 SIZE = (60, 100)  # height, width
 BOXES = [[10.0, 10.0, 50.0, 40.0], [60.0, 5.0, 90.0, 55.0]]
@@ -91,7 +95,7 @@ def ground_truth():
 
 @pytest.mark.parametrize("task", ["bbox", "segm", "keypoints"])
 def test_cocos_own_evaluation_takes_the_results(metadata, task):
-    results = Results(instances=make_instances(*ALL), metadata=metadata).to_coco(image_id=4)
+    results = Results(make_instances(*ALL), metadata=metadata).to_coco(image_id=4)
     true = ground_truth()
     evaluation = COCOeval(true, true.loadRes(json.loads(json.dumps(results))), task)
     if task == "keypoints":
@@ -105,7 +109,7 @@ def test_cocos_own_evaluation_takes_the_results(metadata, task):
 def test_coco_results(metadata):
     instances = make_instances(*ALL)
     before = copy.deepcopy(instances.get_fields())
-    first, second = Results(instances=instances, metadata=metadata).to_coco(image_id=4)
+    first, second = Results(instances, metadata=metadata).to_coco(image_id=4)
     assert (first["image_id"], first["category_id"], first["score"]) == (4, 7, 0.75)
     assert first["bbox"] == [10, 10, 40, 30]
     assert first["extreme_points"] == first["contour"] == DIAMONDS[0]
@@ -114,7 +118,7 @@ def test_coco_results(metadata):
     for name, value in before.items():  # nothing was shifted in place
         after = instances.get(name)
         assert torch.equal(getattr(value, "tensor", value), getattr(after, "tensor", after))
-    plain = Results(instances=make_instances()).to_coco(image_id=4)
+    plain = Results(make_instances()).to_coco(image_id=4)
     assert [set(result) for result in plain] == [{"image_id", "category_id", "bbox", "score"}] * 2
     assert [result["category_id"] for result in plain] == [1, 0]
 
@@ -128,7 +132,7 @@ SHAPE_KEYS = {"label", "points", "group_id", "description", "shape_type", "flags
 
 
 def test_labelme(metadata):
-    results = Results(instances=make_instances(*ALL), metadata=metadata, file_name="a.jpg")
+    results = Results(make_instances(*ALL), metadata=metadata, file_name="b/a.jpg")
     content = results.to_labelme()
     assert json.loads(json.dumps(content)) == content
     assert set(content) == LABELME_KEYS and content["imageData"] is None
@@ -152,7 +156,7 @@ def test_labelme(metadata):
 
 
 def test_geojson(metadata):
-    content = Results(instances=make_instances(*ALL), metadata=metadata).to_geojson()
+    content = Results(make_instances(*ALL), metadata=metadata).to_geojson()
     assert json.loads(json.dumps(content)) == content
     assert content["type"] == "FeatureCollection" and len(content["features"]) == 6
     box, contour, keypoints = content["features"][:3]
@@ -180,7 +184,7 @@ def test_geojson(metadata):
 
 def test_masks_are_outlined():
     """Of Detectron2's own models."""
-    results = Results(instances=make_instances("pred_masks"))
+    results = Results(make_instances("pred_masks"), file_name="a.png")
     one, two = results.to_geojson(parts=["contour"])["features"]
     assert one["geometry"]["type"] == "Polygon" and one["properties"]["class"] == "1"
     assert two["geometry"]["type"] == "MultiPolygon"
@@ -196,7 +200,7 @@ def test_masks_are_outlined():
 
 @pytest.mark.parametrize("form", ["to_labelme", "to_geojson"])
 def test_parts(form):
-    results = Results(instances=make_instances("pred_keypoints"))
+    results = Results(make_instances("pred_keypoints"), file_name="a.png")
     for parts in (["contour"], ["masks"]):
         with pytest.raises(ValueError, match=f"part '{parts[0]}': the detections have box, keypo"):
             getattr(results, form)(parts=parts)
@@ -207,20 +211,72 @@ def test_parts(form):
 
 
 def test_nothing_was_found(metadata):
-    results = Results(instances=make_instances(*ALL)[:0], metadata=metadata)
+    results = Results(make_instances(*ALL)[:0], metadata=metadata, file_name="a.png")
     assert results.to_coco(image_id=4) == []
     assert results.to_labelme()["shapes"] == []
     assert results.to_geojson() == {"type": "FeatureCollection", "features": []}
 
 
 def test_drawing(metadata, tmp_path):
-    Image.new("RGB", SIZE[::-1]).save(tmp_path / "a.png")
+    pixels = np.zeros((*SIZE, 3), np.uint8)
+    pixels[..., 0] = 200
+    Image.fromarray(pixels).save(tmp_path / "red.png")
     instances = make_instances(*ALL)
-    picture = Results(instances=instances, metadata=metadata, file_name=tmp_path / "a.png").draw(
-        contours="outlined"
-    )
-    given = Results(instances=instances, metadata=metadata).draw(
-        np.zeros((*SIZE, 3), np.uint8), contours="outlined"
-    )
-    assert picture.ndim == 3 and picture.any()
-    assert np.array_equal(picture, given)
+    results = Results(instances, metadata=metadata, file_name=tmp_path / "red.png")
+    picture = results.draw(contours="outlined")
+    assert isinstance(picture, Image.Image) and picture.size == (640, 384)
+    colors = {color for _, color in picture.getcolors(1 << 20)}
+    assert (200, 0, 0) in colors and len(colors) > 10
+    drawn = LSNetVisualizer(pixels, metadata, contours="outlined")
+    expected = drawn.draw_instance_predictions(instances).get_image()
+    np.testing.assert_array_equal(picture, expected)
+    for array_format, image in (("RGB", pixels), ("BGR", pixels[..., ::-1])):
+        results = Results(instances, metadata=metadata, array_format=array_format)
+        for given in (image, Image.fromarray(pixels), tmp_path / "red.png"):
+            np.testing.assert_array_equal(results.draw(given, contours="outlined"), expected)
+    other = results.draw(Image.fromarray(pixels), contours="outlined", identities=[1, 0])
+    assert not np.array_equal(other, expected)
+
+
+def test_drawing_on_what_is_not_the_image(metadata, tmp_path):
+    results = Results(make_instances(), metadata=metadata)
+    with pytest.raises(ValueError, match="of no file: give the image to draw on"):
+        results.draw()
+    with pytest.raises(ImageError, match="has 60 x 100 pixels, .* of one with 100 x 60"):
+        results.draw(np.zeros((100, 60, 3), np.uint8))
+    with pytest.raises(ImageError, match="gone.png: no such image file"):
+        Results(make_instances(), file_name=tmp_path / "gone.png").draw()
+
+
+def test_images_of_no_file_have_a_path_in_labelme(metadata):
+    results = Results(make_instances(), metadata=metadata)
+    with pytest.raises(ValueError, match="give the image_path"):
+        results.to_labelme()
+    assert results.to_labelme(image_path="../a.jpg")["imagePath"] == "../a.jpg"
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda r: pickle.loads(pickle.dumps(r))])
+def test_they_are_instances(metadata, copied):
+    instances = make_instances(*ALL)
+    results = Results(instances, metadata=metadata, file_name="b/a.jpg")
+    assert isinstance(results, Instances) and results.image_size == SIZE
+    assert results.pred_boxes is instances.pred_boxes
+    for some in (results[results.scores < 0.6], results[1], results.to("cpu")[1:], copied(results)):
+        assert isinstance(some, Results)
+        assert (some.file_name, some.metadata.thing_classes) == ("b/a.jpg", ["fig", "nut"])
+        assert some.to_geojson()["features"][-1]["properties"]["class"] == "fig"
+        assert some.to_coco(image_id=4) == results.to_coco(image_id=4)[-len(some) :]
+    assert Results.cat([results, results]).scores.tolist() == [0.75, 0.5] * 2
+
+
+def test_metadata_of_another_model(metadata):
+    instances = make_instances(*ALL)
+    instances.pred_classes = torch.tensor([1, 2])
+    results = Results(instances, metadata=metadata)
+    classes = [f["properties"]["class"] for f in results.to_geojson(parts=["box"])["features"]]
+    assert classes == ["nut", "2"]
+    with pytest.raises(UserError, match="the model predicts class 2, .* has classes 0 to 1"):
+        results.to_coco(image_id=4)
+    metadata.keypoint_names.append("leaf")
+    with pytest.raises(UserError, match="name 3 keypoints, but an object has 2"):
+        results.to_geojson()

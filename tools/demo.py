@@ -25,7 +25,6 @@ from lsnet_d2.drawing import CONTOUR_STYLES
 from lsnet_d2.errors import UserError, exit_on_user_error
 from lsnet_d2.files import atomic_write, make_folder
 from lsnet_d2.tracking import Tracker
-from lsnet_d2.visualizer import LSNetVisualizer
 
 IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 WRITTEN_SUFFIXES = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
@@ -72,7 +71,7 @@ class Detector:
         """
         Args:
             threshold: lowest score of a detection.
-            style: of :class:`LSNetVisualizer`.
+            style: of :class:`lsnet_d2.visualizer.LSNetVisualizer`.
         """
         self.predictor = LSNetPredictor(
             cfg, device=cfg.MODEL.DEVICE, array_format="RGB", score_thresh=threshold
@@ -85,12 +84,10 @@ class Detector:
         Args:
             tracker: of the video that the image is the next frame of; it chooses the colours.
         """
-        instances = self.predictor(image)
-        visualizer = LSNetVisualizer(image, self.predictor.metadata, **self.style)
-        picture = visualizer.draw_instance_predictions(
-            instances, identities=tracker.update(instances) if tracker else None
-        )
-        return picture.get_image(), len(instances)
+        results = self.predictor(image)
+        identities = tracker.update(results) if tracker else None
+        picture = results.draw(image, identities=identities, **self.style)
+        return np.asarray(picture), len(results)
 
 
 def find_images(patterns: list[str]) -> list[Path]:

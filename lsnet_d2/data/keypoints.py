@@ -4,14 +4,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from detectron2.data import MetadataCatalog
+from detectron2.data import Metadata, MetadataCatalog
 from detectron2.data.datasets.builtin_meta import (
     COCO_PERSON_KEYPOINT_FLIP_MAP,
     COCO_PERSON_KEYPOINT_NAMES,
     KEYPOINT_CONNECTION_RULES,
 )
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UserError
 
 # What a category of a COCO file says about keypoints; the last two are not COCO's own.
 SKELETON_KEYS = ("keypoints", "skeleton", "keypoint_flip_map", "keypoint_oks_sigmas")
@@ -120,6 +120,21 @@ def _pairs(names: list[str]) -> list[tuple[str, str]]:
     left, right = _SIDES
     pairs = ((name, name.replace(left, right)) for name in names if left in name)
     return [(name, other) for name, other in pairs if other in names]
+
+
+def known_keypoint_names(metadata: Metadata, num_keypoints: int) -> list[str]:
+    """What the keypoints of an object are called; empty where the metadata do not say.
+
+    Raises:
+        UserError: the metadata name another number of keypoints.
+    """
+    names = list(metadata.get("keypoint_names") or [])
+    if names and len(names) != num_keypoints:
+        raise UserError(
+            f"the metadata of {metadata.get('name', 'the data set')} name {len(names)} "
+            f"keypoints, but an object has {num_keypoints}"
+        )
+    return names
 
 
 def keypoint_flip_indices(dataset_names: Sequence[str], num_keypoints: int) -> list[int]:

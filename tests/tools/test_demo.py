@@ -10,6 +10,7 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image
 from tiny_coco import ROOT, run_tool
 
+from lsnet_d2 import Results
 from lsnet_d2.checkpointer import LSNetCheckpointer
 from lsnet_d2.config_file import load_config
 from lsnet_d2.modeling import LSNetWithTTA
@@ -135,7 +136,7 @@ def test_objects_of_a_video_keep_their_colours(folder, monkeypatch, tmp_path):
         instances = Instances((240, 320))
         instances.pred_boxes = Boxes(boxes[order])
         instances.pred_classes = torch.zeros(2, dtype=torch.int64)
-        return instances
+        return Results(instances, array_format="RGB")
 
     monkeypatch.setattr(demo_tool.LSNetPredictor, "__call__", predict)
     cfg = load_config(
