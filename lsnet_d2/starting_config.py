@@ -34,8 +34,9 @@ def starting_config(
     """The text of a config for one model of all that the objects have: boxes, contours, keypoints.
 
     The data sets get the file's name, with "_train" and "_val", and are registered by
-    ``DATASETS.COCO_FILES``. Keypoints that are neither COCO's people's nor have sigmas in the file
-    get the mean of COCO's, written out.
+    ``DATASETS.COCO_FILES``. Comments say what the file has for classes and for the skeleton, which
+    are read from there. Keypoints that are neither COCO's people's nor have sigmas in the file get
+    the mean of COCO's, written out.
 
     Args:
         path: where the file will be; it says where the base is, relative to itself.
@@ -56,6 +57,7 @@ def starting_config(
     lsnet: dict[str, Any] = {"TASK": "joint", "BRANCHES": ["extreme"], "NUM_CLASSES": len(classes)}
     if any(c.masks for c in classes):
         lsnet["BRANCHES"].append("contour")
+    comments = [f"class {index}: {c.name}" for index, c in enumerate(classes)]
     skeleton = skeleton_metadata(train.data["categories"])
     testing = {}
     if skeleton:
@@ -64,6 +66,9 @@ def starting_config(
         posed = [index for index, c in enumerate(categories) if c.get("keypoints")]
         lsnet["KEYPOINT_CLASSES"] = posed if len(posed) < len(classes) else []
         testing = _oks_sigmas(skeleton)
+        comments += _describe_skeleton(skeleton, "mean of COCO's, below" if testing else "COCO's")
+    if not test:
+        comments.append("There are no other data to evaluate on: AP is that of the training data.")
     files = {f"{name}_train": train} | ({f"{name}_val": test} if test else {})
     config = {
         "_BASE_": os.path.relpath(base_config, os.path.dirname(os.path.abspath(path))),
@@ -79,16 +84,11 @@ def starting_config(
         **({"TEST": testing} if testing else {}),
         "OUTPUT_DIR": f"output/{name}",
     }
-    comments = [f"# A start for {os.path.basename(train.json_file)}; everything can be changed."]
-    comments += [f"# class {index}: {c.name}" for index, c in enumerate(classes)]
-    if not test:
-        comments.append(
-            "# There are no other data to evaluate on: AP is that of the training data."
-        )
-    if testing:
-        comments.append("# TEST.KEYPOINT_OKS_SIGMAS: the mean of COCO's for people.")
+    comments.insert(
+        0, f"A start for {os.path.basename(train.json_file)}; everything can be changed."
+    )
     body = yaml.safe_dump(config, sort_keys=False, default_flow_style=None, allow_unicode=True)
-    return "\n".join([*comments, body])
+    return "".join(f"# {comment}\n" for comment in comments) + body
 
 
 def _categories(data: dict[str, Any]) -> list[dict]:
@@ -96,6 +96,23 @@ def _categories(data: dict[str, Any]) -> list[dict]:
     keys = ("id", "name", "keypoints")
     ordered = sorted(data["categories"], key=lambda category: category["id"])
     return [{key: category[key] for key in keys if category.get(key)} for category in ordered]
+
+
+def _describe_skeleton(skeleton: dict[str, Any], sigmas_elsewhere: str) -> list[str]:
+    """
+    Args:
+        sigmas_elsewhere: where OKS sigmas are from, unless the file has them.
+    """
+    names = enumerate(skeleton["keypoint_names"])
+    pairs = [f"{left} - {right}" for left, right in skeleton["keypoint_flip_map"]]
+    bones = [f"{start} - {end}" for start, end, _ in skeleton["keypoint_connection_rules"]]
+    sigmas = skeleton.get("keypoint_oks_sigmas", [sigmas_elsewhere])
+    return [
+        f"keypoints: {', '.join(f'{index} {name}' for index, name in names)}",
+        f"exchanged in a mirrored image: {', '.join(pairs) or 'none'}",
+        f"skeleton: {', '.join(bones) or 'none'}",
+        f"OKS sigmas: {', '.join(map(str, sigmas))}",
+    ]
 
 
 def _oks_sigmas(skeleton: dict[str, Any]) -> dict[str, list[float]]:

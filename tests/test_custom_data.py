@@ -65,8 +65,11 @@ def test_the_page_works_from_top_to_bottom(tmp_path):
     with Image.open(birds / "train.png") as picture:
         assert picture.format == "PNG"
 
+    with Image.open(birds / "000_found.png") as picture:
+        assert picture.size == (640, 480)
     labelme = json.loads((birds / "val" / "000.json").read_text())
     assert {shape["shape_type"] for shape in labelme["shapes"]} == {"polygon", "point"}
+    assert labelme["imagePath"] == "000.jpg"
     labels = {shape["label"] for shape in labelme["shapes"]}
     assert labels <= {"ball", "bird", "box", *CATEGORIES[1]["keypoints"]}
     geojson = json.loads((birds / "000.geojson").read_text())

@@ -42,7 +42,16 @@ def test_the_config_fits_the_data(tmp_path, train, base):
     assert len(DatasetCatalog.get("birds_train")) == 2
     assert MetadataCatalog.get("birds_train").thing_classes == ["ball", "bird", "box"]
     text = path.read_text()
-    assert "# class 1: bird" in text and "no other data to evaluate on" in text
+    assert text.splitlines()[1:9] == [
+        "# class 0: ball",
+        "# class 1: bird",
+        "# class 2: box",
+        "# keypoints: 0 nose, 1 left_wing, 2 right_wing, 3 left_foot, 4 right_foot",
+        "# exchanged in a mirrored image: left_wing - right_wing, left_foot - right_foot",
+        "# skeleton: nose - left_wing, nose - right_wing, nose - left_foot, nose - right_foot",
+        "# OKS sigmas: mean of COCO's, below",
+        "# There are no other data to evaluate on: AP is that of the training data.",
+    ]
 
 
 def test_evaluates_on_other_data(tmp_path, train):
@@ -76,7 +85,9 @@ def test_tolerances_of_the_file(tmp_path, train):
     category = {**CATEGORIES[1], "keypoint_oks_sigmas": [0.1] * 5}
     train.data["categories"] = [category]
     train.data["annotations"] = [a for a in train.data["annotations"] if a["category_id"] == 20]
-    config = yaml.safe_load(write(tmp_path, train=train).read_text())
+    text = write(tmp_path, train=train).read_text()
+    assert "# OKS sigmas: 0.1, 0.1, 0.1, 0.1, 0.1\n" in text
+    config = yaml.safe_load(text)
     assert "TEST" not in config  # the data set's own are used
     assert config["MODEL"]["LSNET"]["KEYPOINT_CLASSES"] == []
 
@@ -84,5 +95,7 @@ def test_tolerances_of_the_file(tmp_path, train):
 @pytest.mark.parametrize("names", [COCO_PERSON_KEYPOINT_NAMES, [f"k{i}" for i in range(17)]])
 def test_tolerances_of_cocos_people_are_for_them_alone(tmp_path, train, names):
     train.data["categories"] = [{"id": 20, "name": "person", "keypoints": list(names)}]
-    config = yaml.safe_load(write(tmp_path, train=train).read_text())
-    assert ("TEST" in config) == (names != COCO_PERSON_KEYPOINT_NAMES)
+    text = write(tmp_path, train=train).read_text()
+    ours = names == COCO_PERSON_KEYPOINT_NAMES
+    assert ("# OKS sigmas: COCO's\n" in text) == ours
+    assert ("TEST" in yaml.safe_load(text)) != ours
