@@ -14,7 +14,8 @@ except ModuleNotFoundError as error:
 
 from .config import add_lsnet_config
 from .data import builtin
+from .exports import Results
 from .modeling import LSNet
 from .predictor import LSNetPredictor
 
-__all__ = ["LSNet", "LSNetPredictor", "add_lsnet_config", "builtin"]
+__all__ = ["LSNet", "LSNetPredictor", "Results", "add_lsnet_config", "builtin"]

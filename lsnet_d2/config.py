@@ -146,6 +146,9 @@ def add_lsnet_config(cfg: CN) -> None:
     # BASE_LR.
     cfg.SOLVER.BACKBONE_MULTIPLIER = 1.0
 
+    # Data sets to register: lists of a name, a file in COCO's format, and the folder of its images
+    # (tools/check_dataset.py --write-config).
+    cfg.DATASETS.COCO_FILES = []
     # What to do about training annotations whose box is malformed, empty or outside its image:
     # "error" stops and names them, "drop" leaves them out and logs their number.
     cfg.DATASETS.INVALID_ANNOTATIONS = "error"

@@ -15,7 +15,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 
 from .config import add_lsnet_config
 from .data.annotation_checks import ON_INVALID
-from .data.builtin import explain_unregistered
+from .data.builtin import explain_unregistered, register_coco_files
 from .data.contours import CONTOUR_METHODS
 from .data.dataset_mapper import EXTREME_POINT_SOURCES
 from .errors import ConfigError, did_you_mean
@@ -45,7 +45,8 @@ _MIN_LEVELS = 3  # that the head samples on
 def load_config(config_file: str, opts: list[str] = (), *, need_data_sets: bool = True) -> CfgNode:
     """Defaults, then the file, then ``KEY VALUE`` pairs; checked, with a device that exists.
 
-    Where neither the file nor the options name a device, ``MODEL.DEVICE`` is "auto".
+    Where neither the file nor the options name a device, ``MODEL.DEVICE`` is "auto". The data sets
+    of ``DATASETS.COCO_FILES`` are registered (:func:`lsnet_d2.data.builtin.register_coco_files`).
 
     Args:
         config_file: a YAML file, with ``_BASE_`` as in Detectron2. Empty: defaults only.
@@ -58,6 +59,7 @@ def load_config(config_file: str, opts: list[str] = (), *, need_data_sets: bool 
     """
     cfg = merge_config(config_file, opts)
     cfg.MODEL.DEVICE = resolve_device(cfg.MODEL.DEVICE)
+    register_coco_files(cfg.DATASETS.COCO_FILES)
     check_config(cfg, need_data_sets=need_data_sets)
     return cfg
 

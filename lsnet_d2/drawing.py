@@ -12,8 +12,8 @@ from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 from matplotlib.patheffects import withStroke
 
+from .data.keypoints import known_keypoint_names
 from .data.polygons import signed_area
-from .errors import UserError
 
 # Small pictures are enlarged to this many pixels along their longer side.
 MIN_LONG_SIDE = 640
@@ -184,12 +184,7 @@ class LandmarkPainter(Visualizer):
             UserError: the metadata name another number of keypoints.
         """
         keypoints = np.asarray(keypoints, dtype=float)
-        names = self.metadata.get("keypoint_names") or []
-        if names and len(names) != len(keypoints):
-            raise UserError(
-                f"the metadata of {self.metadata.get('name', 'the data set')} name {len(names)} "
-                f"keypoints, but an object has {len(keypoints)}"
-            )
+        names = known_keypoint_names(self.metadata, len(keypoints))
         drawn = keypoints[:, 2] > (0 if annotated else self.keypoint_threshold)
         if not drawn.any():
             return self.output

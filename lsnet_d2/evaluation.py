@@ -11,12 +11,11 @@ import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
-from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from pycocotools.cocoeval import Params
 
 from .config_file import classes_key, num_classes
-from .data.polygons import polygons_to_rle
 from .errors import ConfigError, UserError
+from .exports import SCORE_KEYS, coco_results, landmark_columns, with_category_ids
 from .fast_coco import FastCOCOeval
 from .files import atomic_write
 from .ground_truth import (
@@ -47,16 +46,6 @@ TASKS = {"pred_extreme_points": (), "pred_contours": ("segm",), "pred_keypoints"
 # What of a result COCO's evaluation of a task sees, in the order in which tasks are named. Without
 # "bbox" it sorts masks into small, medium and large by their own area; keypoints go by the box's.
 TASK_KEYS = {"bbox": ("bbox",), "segm": ("segmentation",), "keypoints": ("keypoints", "bbox")}
-
-# The scores by which a task ranks detections, in ``Instances`` and in the results file; others take
-# the detection's.
-SCORE_KEYS = {
-    "segm": ("contour_scores", "contour_score"),
-    "keypoints": ("pose_scores", "pose_score"),
-}
-
-# Coordinates that the results file has besides COCO's own, and to how many decimals.
-RESULT_KEYS = {"pred_extreme_points": ("extreme_points", None), "pred_contours": ("contour", 2)}
 
 
 def build_evaluator(
@@ -176,27 +165,18 @@ class LSNetEvaluator(COCOEvaluator):
                 super().process([image], [output])
                 continue
             instances = output["instances"].to("cpu")
-            # clones: the conversion shifts keypoints in place, and views would keep all of a batch
+            # clones: views would keep all of a batch
             landmarks = {
                 field: instances.get(field).float().clone()
                 for field in LANDMARK_ERRORS
                 if instances.has(field)
             }
-            if "pred_contours" in landmarks and instances.has("pred_masks"):
-                instances.remove("pred_masks")  # the same, as bitmaps
-            if "pred_keypoints" in landmarks:
-                instances.pred_keypoints = instances.pred_keypoints.clone()
-            results = instances_to_coco_json(instances, image["image_id"])
-            for field, key in SCORE_KEYS.values():
-                if instances.has(field):
-                    for result, score in zip(results, instances.get(field).tolist(), strict=True):
-                        result[key] = score
-            if "pred_contours" in landmarks:
-                rles = polygons_to_rle(landmarks["pred_contours"].numpy(), *instances.image_size)
-                for result, rle in zip(results, rles, strict=True):
-                    result["segmentation"] = rle
             self._predictions.append(
-                {"image_id": image["image_id"], "instances": results, "landmarks": landmarks}
+                {
+                    "image_id": image["image_id"],
+                    "instances": coco_results(instances, image["image_id"]),
+                    "landmarks": landmarks,
+                }
             )
 
     def _eval_predictions(
@@ -224,24 +204,8 @@ class LSNetEvaluator(COCOEvaluator):
 
     def _with_category_ids(self, predictions: list[dict]) -> list[dict]:
         """Predictions with the annotation file's ids of classes, not the model's."""
-        mapping = self._metadata.get("thing_dataset_id_to_contiguous_id")
-        if mapping is None:
-            return predictions
-        ids = {index: category for category, index in mapping.items()}
-        unknown = {r["category_id"] for p in predictions for r in p["instances"]} - ids.keys()
-        if unknown:
-            raise UserError(
-                f"the model predicts class {min(unknown)}, but data set {self._metadata.name} has "
-                f"classes 0 to {max(ids)}"
-            )
         return [
-            {
-                **prediction,
-                "instances": [
-                    {**result, "category_id": ids[result["category_id"]]}
-                    for result in prediction["instances"]
-                ],
-            }
+            {**prediction, "instances": with_category_ids(prediction["instances"], self._metadata)}
             for prediction in predictions
         ]
 
@@ -324,11 +288,6 @@ def write_results(path: str, predictions: Iterable[dict]) -> None:
 
 def _entries(predictions: Iterable[dict]) -> Iterator[dict]:
     for prediction in predictions:
-        columns = {}
-        for field, (key, decimals) in RESULT_KEYS.items():
-            if field in prediction["landmarks"]:
-                points = prediction["landmarks"][field].numpy().astype(np.float64)
-                columns[key] = points if decimals is None else points.round(decimals)
-        columns = {key: points.tolist() for key, points in columns.items()}
+        columns = landmark_columns(prediction["landmarks"])
         for index, result in enumerate(prediction["instances"]):
             yield {**result, **{key: points[index] for key, points in columns.items()}}

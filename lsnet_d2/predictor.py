@@ -10,25 +10,25 @@ from detectron2.config import CfgNode
 from detectron2.data import Metadata
 from detectron2.data.detection_utils import build_augmentation
 from detectron2.modeling import build_model
-from detectron2.structures import Instances
-from PIL import Image
 
 from .checkpointer import LSNetCheckpointer
 from .config_file import check_config, merge_config, reporting_config_errors, resolve_device
+from .data.builtin import register_coco_files
 from .data.catalog import load_metadata
-from .data.images import convert_image, read_image
+from .data.images import ImageLike, NamedAugInput, load_image
+from .exports import Results
 from .modeling import LSNetWithTTA
 from .modeling.test_time_augmentation import batches_of_one_size, keep_image_sizes
-
-ImageLike = str | os.PathLike | np.ndarray | Image.Image
 
 
 class LSNetPredictor:
     """A model with its weights, for images of any kind.
 
     Images are resized as in evaluation, with ``TEST.AUG.ENABLED`` augmented as there, and the
-    result is that of evaluation. The data sets of the config need not be here, unless images
-    are mirrored for a model with keypoints, and only their files say what the keypoints are.
+    result is that of evaluation; it can be drawn and written for other programs (see
+    :class:`lsnet_d2.Results`). The data sets of the config need not be here, unless images are
+    mirrored for a model with keypoints, and only their files say what the keypoints are. Without
+    them results have numbers for names.
 
     Attributes:
         cfg: the config, with the device and the weights that are used.
@@ -38,8 +38,10 @@ class LSNetPredictor:
 
     Examples:
         >>> predict = LSNetPredictor("config.yaml", weights="model_final.pth")
-        >>> instances = predict("photo.jpg")
-        >>> instances.pred_boxes, instances.scores, instances.pred_extreme_points
+        >>> results = predict("photo.jpg")
+        >>> results.pred_boxes, results.scores, results.pred_extreme_points
+        >>> results.draw().save("found.jpg")
+        >>> json.dump(results.to_labelme(), file)
     """
 
     def __init__(
@@ -65,7 +67,7 @@ class LSNetPredictor:
                 and have one size after resizing.
 
         Raises:
-            ConfigError: see :func:`lsnet_d2.config_file.check_config`.
+            ConfigError: see :func:`lsnet_d2.config_file.load_config`.
             CheckpointError: the weights are missing or not those of this model.
         """
         if array_format not in ("BGR", "RGB"):
@@ -83,6 +85,7 @@ class LSNetPredictor:
         if score_thresh is not None:
             for node in (cfg.MODEL.LSNET, cfg.MODEL.RETINANET, cfg.MODEL.ROI_HEADS):
                 node.SCORE_THRESH_TEST = min(node.SCORE_THRESH_TEST, score_thresh)
+        register_coco_files(cfg.DATASETS.COCO_FILES)
         check_config(cfg, need_data_sets=False)
         self.cfg = cfg
         self.array_format = array_format
@@ -99,7 +102,7 @@ class LSNetPredictor:
             cfg = keep_image_sizes(cfg)
         self._augmentation = T.AugmentationList(build_augmentation(cfg, is_train=False))
 
-    def __call__(self, images: ImageLike | Sequence[ImageLike]) -> Instances | list[Instances]:
+    def __call__(self, images: ImageLike | Sequence[ImageLike]) -> Results | list[Results]:
         """
         Args:
             images: one image or a list: files, of all kinds that PIL reads; PIL's images; arrays
@@ -109,39 +112,38 @@ class LSNetPredictor:
 
         Returns:
             Detections, best first, on the CPU, in pixels of the image; for a list, a list of them.
+            They are Detectron2's ``Instances``, with more methods.
 
         Raises:
-            ImageError: an image cannot be read or has pixels of another kind.
+            ImageError: an image cannot be read, has pixels of another kind, or is so narrow that
+                resizing leaves nothing of it.
         """
         if isinstance(images, (list, tuple)):
             return list(self._predict(images))
         return next(self._predict([images]))
 
     @torch.no_grad()
-    def _predict(self, images: Sequence[ImageLike]) -> Iterator[Instances]:
+    def _predict(self, images: Sequence[ImageLike]) -> Iterator[Results]:
         inputs = (self._read(image, number) for number, image in enumerate(images))
-        for batch in batches_of_one_size(inputs, self.batch_size):
-            for output in self.model(batch):
-                instances = output["instances"].to("cpu")
-                if self.score_thresh is not None:
-                    instances = instances[instances.scores >= self.score_thresh]
-                yield instances
+        batches = batches_of_one_size(inputs, self.batch_size)
+        outputs = (output for batch in batches for output in self.model(batch))
+        for image, output in zip(images, outputs, strict=True):
+            instances = output["instances"].to("cpu")
+            if self.score_thresh is not None:
+                instances = instances[instances.scores >= self.score_thresh]
+            yield Results(
+                instances,
+                metadata=self.metadata,
+                file_name=image if isinstance(image, (str, os.PathLike)) else None,
+                array_format=self.array_format,
+            )
 
     def _read(self, image: ImageLike, number: int) -> dict:
         """What the model takes. ``number`` is that of the image in its list."""
-        image_format = self.cfg.INPUT.FORMAT
-        if isinstance(image, (str, os.PathLike)):
-            pixels = read_image(os.fspath(image), image_format)
-        elif isinstance(image, (np.ndarray, Image.Image)):
-            name = f"image {number}"
-            pixels = convert_image(image, image_format, array_format=self.array_format, name=name)
-        else:
-            raise TypeError(
-                f"image {number} is of type {type(image).__name__}; it must be a path, an array "
-                "or an image of PIL"
-            )
-        height, width = pixels.shape[:2]
-        resized = T.AugInput(pixels)
+        name = os.fspath(image) if isinstance(image, (str, os.PathLike)) else f"image {number}"
+        pixels = load_image(image, self.cfg.INPUT.FORMAT, array_format=self.array_format, name=name)
+        resized = NamedAugInput(pixels, name)
         self._augmentation(resized)
         tensor = torch.from_numpy(np.ascontiguousarray(resized.image.transpose(2, 0, 1)))
-        return {"image": tensor, "height": height, "width": width}
+        height, width = pixels.shape[:2]
+        return {"image": tensor, "height": height, "width": width, "file_name": name}

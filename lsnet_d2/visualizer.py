@@ -11,6 +11,7 @@ from detectron2.utils.visualizer import ColorMode, VisImage
 from matplotlib.patches import Rectangle
 
 from .data.annotation_checks import AnnotationError, name_annotation
+from .data.catalog import class_name
 from .data.extreme_points import as_extreme_points
 from .data.polygons import check_form, decode_rle
 from .drawing import LandmarkPainter, Region
@@ -246,10 +247,9 @@ class LSNetVisualizer(LandmarkPainter):
         return PALETTE[label % len(PALETTE)]
 
     def _label(self, label: int | None, *, score: float | None = None, crowd: bool = False) -> str:
-        names = self.metadata.get("thing_classes") or []
         parts = []
         if label is not None:
-            parts.append(names[label] if label < len(names) else str(label))
+            parts.append(class_name(self.metadata, label))
         if score is not None:
             parts.append(f"{score:.0%}")
         return " ".join(parts) + ("|crowd" if crowd else "")

@@ -5,9 +5,10 @@ import tiny_coco
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
+from own_data import KEYPOINTS, write_own_data
 from PIL import Image
 
-from lsnet_d2 import LSNetPredictor
+from lsnet_d2 import LSNetPredictor, Results
 from lsnet_d2.checkpointer import LSNetCheckpointer
 from lsnet_d2.config_file import load_config
 from lsnet_d2.data.images import ImageError
@@ -116,6 +117,30 @@ def test_augmentation_changes_something(folder):
     assert len(one) != len(other) or not torch.allclose(one.scores, other.scores)
 
 
+def test_results_know_their_data_set(folder, tmp_path):
+    """The config's own files, which nothing has registered before."""
+    own, images = write_own_data(tmp_path, "val", 1)
+    config = tmp_path / "own.yaml"
+    config.write_text(
+        f"_BASE_: {folder / 'tiny.yaml'}\n"
+        f"DATASETS: {{COCO_FILES: [[own_val, {own}, {images}]], TRAIN: [], TEST: [own_val]}}\n"
+    )
+    predict = LSNetPredictor(config, weights=folder / "weights.pth", device="cpu", score_thresh=0.0)
+    assert predict.metadata.thing_classes == ["ball", "bird", "box"]
+    assert predict.metadata.keypoint_names == KEYPOINTS
+    path = folder / "wide.png"
+    results, in_memory = predict([path, cv2.imread(str(path))])
+    assert isinstance(results, Results) and results.metadata is predict.metadata
+    assert (results.file_name, in_memory.file_name) == (str(path), None)
+    birds = results[results.pred_classes == 1]
+    assert {shape["label"] for shape in birds.to_labelme()["shapes"]} == {"bird"}
+    assert {result["category_id"] for result in birds.to_coco(image_id=1)} == {20}
+    drawn = in_memory.draw(cv2.imread(str(path)))
+    np.testing.assert_array_equal(drawn, results.draw())
+    DatasetCatalog.remove("own_val")
+    MetadataCatalog.pop("own_val")
+
+
 def test_threshold(folder):
     image = folder / "wide.png"
     everything = predictor(folder, score_thresh=0.0)(image)
@@ -154,6 +179,10 @@ def test_errors(folder):
         predict(folder / "absent.png")
     with pytest.raises(ImageError, match="image 1: an array of float32"):
         predict([folder / "wide.png", np.zeros((4, 5, 3), np.float32)])
+    Image.new("RGB", (5000, 1)).save(folder / "strip.png")
+    for opts in ((), ("TEST.AUG.ENABLED", "True", "TEST.AUG.MAX_SIZE", "1333")):
+        with pytest.raises(ImageError, match="strip.png: too narrow to be resized: its 5000 x 1"):
+            predictor(folder, *opts)(folder / "strip.png")
     with pytest.raises(TypeError, match="image 0 is of type Tensor; it must be a path"):
         predict(torch.zeros(3, 4, 5))
     with pytest.raises(CheckpointError, match="MODEL.WEIGHTS is empty"):

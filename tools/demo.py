@@ -20,12 +20,11 @@ from tqdm import tqdm
 
 from lsnet_d2 import LSNetPredictor
 from lsnet_d2.config_file import load_config
-from lsnet_d2.data.images import ImageError, read_image
+from lsnet_d2.data.images import ImageError, ImageLike
 from lsnet_d2.drawing import CONTOUR_STYLES
 from lsnet_d2.errors import UserError, exit_on_user_error
 from lsnet_d2.files import atomic_write, make_folder
 from lsnet_d2.tracking import Tracker
-from lsnet_d2.visualizer import LSNetVisualizer
 
 IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 WRITTEN_SUFFIXES = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
@@ -66,31 +65,30 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 class Detector:
-    """A predictor that draws what it finds. Images are (H, W, 3) RGB."""
+    """A predictor that draws what it finds. Arrays are (H, W, 3) RGB."""
 
     def __init__(self, cfg: CfgNode, threshold: float, **style: Any) -> None:
         """
         Args:
             threshold: lowest score of a detection.
-            style: of :class:`LSNetVisualizer`.
+            style: of :class:`lsnet_d2.visualizer.LSNetVisualizer`.
         """
         self.predictor = LSNetPredictor(
             cfg, device=cfg.MODEL.DEVICE, array_format="RGB", score_thresh=threshold
         )
         self.style = style
 
-    def draw(self, image: np.ndarray, tracker: Tracker | None = None) -> tuple[np.ndarray, int]:
+    def draw(self, image: ImageLike, tracker: Tracker | None = None) -> tuple[np.ndarray, int]:
         """The picture (RGB) and the number of objects in it.
 
         Args:
+            image: see :class:`LSNetPredictor`.
             tracker: of the video that the image is the next frame of; it chooses the colours.
         """
-        instances = self.predictor(image)
-        visualizer = LSNetVisualizer(image, self.predictor.metadata, **self.style)
-        picture = visualizer.draw_instance_predictions(
-            instances, identities=tracker.update(instances) if tracker else None
-        )
-        return picture.get_image(), len(instances)
+        results = self.predictor(image)
+        identities = tracker.update(results) if tracker else None
+        picture = results.draw(image, identities=identities, **self.style)
+        return np.asarray(picture), len(results)
 
 
 def find_images(patterns: list[str]) -> list[Path]:
@@ -147,19 +145,18 @@ def require_folder(output: Path) -> None:
 
 
 def run_on_images(detector: Detector, patterns: list[str], output: str | None) -> int:
-    """Draw all images, going on after one that cannot be read. Returns how many could not."""
+    """Draw all images, going on after one that cannot be used. Returns how many could not."""
     images = find_images(patterns)
     plan = plan_outputs(images, output) if output else {}
     failed = 0
     for path in tqdm(images, disable=None):
         start = time.perf_counter()
         try:
-            image = read_image(str(path), "RGB")
+            picture, count = detector.draw(path)
         except ImageError as error:
             logger.error("%s", error)
             failed += 1
             continue
-        picture, count = detector.draw(image)
         logger.info("%s: %d objects in %.2f s", path, count, time.perf_counter() - start)
         if not output:
             if not show(picture, wait=True):
@@ -171,7 +168,7 @@ def run_on_images(detector: Detector, patterns: list[str], output: str | None) -
                 file, format=WRITTEN_SUFFIXES[plan[path].suffix.lower()], quality=95
             )
     if failed:
-        logger.error("%d of %d images could not be read", failed, len(images))
+        logger.error("%d of %d images could not be used", failed, len(images))
     return failed
 
 

@@ -10,6 +10,7 @@ import json
 
 from lsnet_d2.data.annotation_checks import AnnotationError
 from lsnet_d2.data.coco_json import read_coco_json
+from lsnet_d2.data.keypoints import SKELETON_KEYS
 from lsnet_d2.errors import UserError, exit_on_user_error
 from lsnet_d2.files import atomic_write, require_new_file
 
@@ -41,7 +42,7 @@ def merge_keypoints(instances: dict, keypoints: dict) -> int:
         if category["name"] not in categories:
             raise AnnotationError(f"category {category['name']!r} is not among the instances'")
         target = categories[category["name"]]
-        target.update({key: category[key] for key in ("keypoints", "skeleton") if key in category})
+        target.update({key: category[key] for key in SKELETON_KEYS if key in category})
         ids[category["id"]] = target["id"]
     objects = {annotation["id"]: annotation for annotation in instances["annotations"]}
     count = 0

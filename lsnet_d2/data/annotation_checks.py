@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -64,7 +63,7 @@ def check_dataset_dicts(
     names = [dataset_name] if isinstance(dataset_name, str) else list(dataset_name)
     _check_class_count(names, num_classes, num_classes_key)
     where = name_datasets(names)
-    raise_problems(where, _missing_images(dataset_dicts))
+    raise_problems(where, missing_images(dataset_dicts))
 
     places = [
         (image, index)
@@ -72,7 +71,7 @@ def check_dataset_dicts(
         for index in range(len(record.get("annotations", ())))
     ]
     annotations = [a for record in dataset_dicts for a in record.get("annotations", ())]
-    invalid_boxes = dict(_box_problems(dataset_dicts, places, annotations))
+    invalid_boxes = box_problems(dataset_dicts, places, annotations)
     if invalid_boxes and on_invalid == "drop":
         logger.warning(
             "%s: %d annotations with invalid boxes dropped:\n%s",
@@ -113,7 +112,7 @@ def check_image_files(dataset_dicts: Sequence[dict], dataset_name: str) -> None:
     Raises:
         AnnotationError: image files are missing; names the first few and counts all.
     """
-    raise_problems(name_datasets([dataset_name]), _missing_images(dataset_dicts))
+    raise_problems(name_datasets([dataset_name]), missing_images(dataset_dicts))
 
 
 def name_annotation(record: dict, index: int, ids: dict | None = None) -> str:
@@ -215,8 +214,11 @@ def _check_class_count(names: Sequence[str], num_classes: int, key: str) -> None
             )
 
 
-def _missing_images(dataset_dicts: Iterable[dict]) -> list[str]:
-    """One listing a folder is faster than asking for each file, above all over a network."""
+def missing_images(dataset_dicts: Iterable[dict]) -> list[str]:
+    """What is missing of the image files of dataset dicts, a line each.
+
+    One listing a folder is faster than asking for each file, above all over a network.
+    """
     by_folder = defaultdict(list)
     for record in dataset_dicts:
         if "://" not in record["file_name"]:
@@ -237,10 +239,16 @@ def _missing_images(dataset_dicts: Iterable[dict]) -> list[str]:
     return missing
 
 
-def _box_problems(
+def box_problems(
     dataset_dicts: Sequence[dict], places: Sequence[tuple[int, int]], annotations: Sequence[dict]
-) -> Iterable[tuple[int, str]]:
-    """Positions in ``annotations`` and what is wrong with the boxes there."""
+) -> dict[int, str]:
+    """What is wrong with the boxes of annotations, by position in ``annotations``.
+
+    Args:
+        dataset_dicts: the images; one without "width" and "height" has no border.
+        places: of each annotation the position of its image, and its own position there.
+        annotations: with "bbox" and "bbox_mode".
+    """
     rows = [a.get("bbox") for a in annotations]
     boxes, malformed = read_boxes(rows)
     modes = np.array([int(a.get("bbox_mode", -1)) for a in annotations], dtype=int)
@@ -270,7 +278,7 @@ def _box_problems(
                 width, height = sizes[index]
                 shown += f" of {width:g} x {height:g} pixels"
             found.setdefault(index, shown)
-    return found.items()
+    return found
 
 
 def _numbers(value: object, shape: tuple[int, ...]) -> np.ndarray | None:
@@ -279,9 +287,9 @@ def _numbers(value: object, shape: tuple[int, ...]) -> np.ndarray | None:
         array = np.array(value)
     except ValueError:  # not all rows are alike
         return None
-    if array.dtype.kind not in "iuf" or array.size != math.prod(shape):
+    if array.dtype.kind not in "iuf" or array.shape != shape:
         return None
-    return array.astype(np.float64).reshape(shape)
+    return array.astype(np.float64)
 
 
 def _annotation_problem(

@@ -5,11 +5,13 @@ Nothing is read or made at import: that happens when ``DatasetCatalog.get`` asks
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
+from ..errors import ConfigError
 from .coco_json import register_lsnet_instances
 from .shapes import SPLITS, ensure_shapes, shapes_paths
 from .shapes_objects import (
@@ -66,6 +68,38 @@ def register_folders(root: str | os.PathLike | None = None) -> list[str]:
                     MetadataCatalog.get(name).get("json_file"),
                 )
     return names
+
+
+def register_coco_files(files: Sequence[Sequence[str]]) -> None:
+    """Register the data sets of ``DATASETS.COCO_FILES``.
+
+    A name that stands for other files, of an earlier config or of a folder, stands for these from
+    now on, which is logged.
+
+    Args:
+        files: of each a name, the annotation file and the folder of its images.
+
+    Raises:
+        ConfigError: ``files`` is something else.
+    """
+    for entry in files:
+        parts = list(entry) if isinstance(entry, (list, tuple)) else []
+        if len(parts) != 3 or not all(isinstance(part, str) for part in parts):
+            raise ConfigError(
+                "DATASETS.COCO_FILES must list [name, annotation file, folder of images], not "
+                f"{entry!r}"
+            )
+        name, json_file, image_root = parts[0], *map(os.path.expanduser, parts[1:])
+        if name in DatasetCatalog.list():
+            known = MetadataCatalog.get(name)
+            if (known.get("json_file"), known.get("image_root")) == (json_file, image_root):
+                continue
+            logger.warning(
+                "The data set %s is %s now, not %s", name, json_file, known.get("json_file")
+            )
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
+        register_lsnet_instances(name, json_file, image_root)
 
 
 def explain_unregistered(name: str, root: str | os.PathLike | None = None) -> str:

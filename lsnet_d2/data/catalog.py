@@ -44,13 +44,22 @@ def _has_loader_of_detectron2(name: str) -> bool:
     return getattr(DatasetCatalog[name], "__module__", "").startswith("detectron2.")
 
 
+def class_name(metadata: Metadata, label: int) -> str:
+    """What a class of the model is called; its number where the metadata do not say."""
+    names = metadata.get("thing_classes") or []
+    return str(names[label]) if label < len(names) else str(label)
+
+
 def load_metadata(dataset_name: str) -> Metadata:
     """What is known of a data set's classes and keypoints, which its file may have to be read for.
 
-    Where that is not possible they stay unknown, with a warning.
+    A COCO file that is registered with names of classes is read too: it has the ids of categories
+    and the keypoints. Where that is not possible they stay unknown, with a warning.
     """
     metadata = MetadataCatalog.get(dataset_name)
-    if metadata.get("thing_classes"):
+    has_names = bool(metadata.get("thing_classes"))
+    has_ids = bool(metadata.get("thing_dataset_id_to_contiguous_id"))
+    if has_names and (has_ids or not metadata.get("json_file")):
         return metadata
     try:
         if dataset_name not in DatasetCatalog:
@@ -59,5 +68,5 @@ def load_metadata(dataset_name: str) -> Metadata:
         with reporting_data_errors([dataset_name]):
             DatasetCatalog.get(dataset_name)
     except UserError as error:
-        logger.warning("No names of classes: %s", error)
+        logger.warning("No %s: %s", "ids of categories" if has_names else "names of classes", error)
     return metadata

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import os
 from collections import Counter, defaultdict
 from typing import Any
@@ -15,7 +14,7 @@ from pycocotools import mask as mask_util
 
 from .annotation_checks import AnnotationError, raise_problems
 from .extreme_points import extreme_points, side_midpoints
-from .keypoints import skeleton_metadata
+from .keypoints import check_triples, skeleton_metadata
 from .polygons import decode_rle, segmentation_to_polygons
 
 logger = logging.getLogger(__name__)
@@ -32,8 +31,35 @@ def read_coco_json(json_file: str | os.PathLike) -> dict[str, Any]:
     """The content of a file with COCO's ``images``, ``annotations`` and ``categories``.
 
     Raises:
-        AnnotationError: there is no such file, it is no complete JSON, a list or a key that
-            every entry needs is missing, ids are not unique, or a category is not in the list.
+        AnnotationError: see :func:`read_coco_lists`; also when a key that every entry needs is
+            missing, ids are not unique, or a category is not in the list.
+    """
+    json_file = os.fspath(json_file)
+    data = read_coco_lists(json_file)
+    for key in _NEEDED:
+        entries = data[key]
+        raise_problems(json_file, list(entries_lacking_keys(key, entries).values()))
+        counts = Counter(entry["id"] for entry in entries)
+        raise_problems(
+            json_file, [f"id {i} occurs {n} times in {key!r}" for i, n in counts.items() if n > 1]
+        )
+    categories = {category["id"] for category in data["categories"]}
+    raise_problems(
+        json_file,
+        [
+            f"annotation {a['id']} of image {a['image_id']}: {unknown_category(a)}"
+            for a in data["annotations"]
+            if a["category_id"] not in categories
+        ],
+    )
+    return data
+
+
+def read_coco_lists(json_file: str | os.PathLike) -> dict[str, Any]:
+    """The content of a file with COCO's three lists, whatever their entries are.
+
+    Raises:
+        AnnotationError: there is no such file, it is no complete JSON, or a list is missing.
     """
     json_file = os.fspath(json_file)
     try:
@@ -47,35 +73,30 @@ def read_coco_json(json_file: str | os.PathLike) -> dict[str, Any]:
         raise AnnotationError(f"{json_file}: not a complete JSON file: {error}") from error
     if not isinstance(data, dict):
         raise AnnotationError(f"{json_file}: not in COCO's format: a {type(data).__name__}")
-    for key, needed in _NEEDED.items():
+    for key in _NEEDED:
         if not isinstance(data.get(key), list):
             raise AnnotationError(f"{json_file}: not in COCO's format: no list {key!r}")
-        _check_entries(json_file, key, data[key], needed)
-    categories = {category["id"] for category in data["categories"]}
-    raise_problems(
-        json_file,
-        [
-            f"annotation {a['id']} of image {a['image_id']}: category {a['category_id']} is not in "
-            "the list of categories"
-            for a in data["annotations"]
-            if a["category_id"] not in categories
-        ],
-    )
     return data
 
 
-def _check_entries(json_file: str, key: str, entries: list, needed: tuple[str, ...]) -> None:
-    problems = []
+def entries_lacking_keys(key: str, entries: list) -> dict[int, str]:
+    """Positions of the entries of one of COCO's lists that lack a key, and what they lack.
+
+    Args:
+        key: "images", "annotations" or "categories".
+    """
+    problems = {}
     for index, entry in enumerate(entries):
-        missing = [name for name in needed if not isinstance(entry, dict) or name not in entry]
+        missing = [n for n in _NEEDED[key] if not isinstance(entry, dict) or n not in entry]
         if missing:
             which = entry.get("id", f"number {index}") if isinstance(entry, dict) else index
-            problems.append(f"entry {which} of {key!r} has no {', '.join(map(repr, missing))}")
-    raise_problems(json_file, problems)
-    counts = Counter(entry["id"] for entry in entries)
-    if len(counts) < len(entries):
-        repeated = [f"id {i} occurs {n} times in {key!r}" for i, n in counts.items() if n > 1]
-        raise_problems(json_file, repeated)
+            problems[index] = f"entry {which} of {key!r} has no {', '.join(map(repr, missing))}"
+    return problems
+
+
+def unknown_category(annotation: dict) -> str:
+    """What messages say of an annotation whose category is not in the file's list."""
+    return f"category {annotation['category_id']} is not in the list of categories"
 
 
 def load_lsnet_json(
@@ -222,7 +243,6 @@ def _to_detectron2(annotation: dict, image: dict, contiguous: dict) -> dict:
         result["segmentation"] = segmentation
     keypoints = annotation.get("keypoints")
     if keypoints:
-        if len(keypoints) % 3 or not all(math.isfinite(value) for value in keypoints):
-            raise ValueError("its keypoints are not finite triples x, y, visibility")
+        check_triples(keypoints)
         result["keypoints"] = [v + 0.5 if i % 3 < 2 else v for i, v in enumerate(keypoints)]
     return result

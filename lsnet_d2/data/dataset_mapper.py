@@ -17,7 +17,7 @@ from ..tasks import branch_weights
 from .annotation_checks import AnnotationError, name_annotation
 from .contours import CONTOUR_METHODS, resample_contour
 from .extreme_points import as_extreme_points, extreme_points, side_midpoints
-from .images import ImageError, read_image
+from .images import ImageError, NamedAugInput, read_image
 from .keypoints import keypoint_flip_indices
 from .polygons import bounding_box, decode_rle, segmentation_to_outlines
 from .viewport import Viewport
@@ -141,7 +141,8 @@ class LSNetDatasetMapper(DatasetMapper):
             A new dict with "image", a tensor (C, H, W), and in training what the class says.
 
         Raises:
-            ImageError: the file cannot be read, or its size is not that of the dict.
+            ImageError: the file cannot be read, its size is not that of the dict, or resizing
+                leaves nothing of it.
             AnnotationError: a mask or the extreme points of an annotation are malformed.
         """
         dataset_dict = dict(dataset_dict)
@@ -150,7 +151,7 @@ class LSNetDatasetMapper(DatasetMapper):
             utils.check_image_size(dataset_dict, image)
         except utils.SizeMismatchError as error:
             raise ImageError(str(error)) from error
-        aug_input = T.AugInput(image)
+        aug_input = NamedAugInput(image, dataset_dict["file_name"])
         transforms = self.augmentations(aug_input)
         image = aug_input.image
         dataset_dict["image"] = torch.from_numpy(image.transpose(2, 0, 1).copy())

@@ -1,18 +1,44 @@
 """Images from files and from memory, with errors that name them."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import detectron2.data.transforms as T
 import numpy as np
 from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.utils.file_io import PathManager
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from ..errors import UserError
 
 # What PIL raises over damaged files.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+_TURNED = (5, 6, 7, 8)  # orientations in EXIF data that exchange width and height
+
+ImageLike = str | os.PathLike | np.ndarray | Image.Image
 
 
 class ImageError(UserError):
     """An image is missing, damaged, not what the annotation says, or has pixels of another kind."""
+
+
+def load_image(
+    image: ImageLike, image_format: str, *, array_format: str = "BGR", name: str = "image"
+) -> np.ndarray:
+    """An image from a file (:func:`read_image`) or from memory (:func:`convert_image`).
+
+    Raises:
+        ImageError: see the two.
+        TypeError: ``image`` is something else.
+    """
+    if isinstance(image, (str, os.PathLike)):
+        return read_image(os.fspath(image), image_format)
+    if isinstance(image, (np.ndarray, Image.Image)):
+        return convert_image(image, image_format, array_format=array_format, name=name)
+    raise TypeError(
+        f"{name} is of type {type(image).__name__}; it must be a path, an array or an image of PIL"
+    )
 
 
 def read_image(file_name: str, image_format: str) -> np.ndarray:
@@ -32,15 +58,34 @@ def read_image(file_name: str, image_format: str) -> np.ndarray:
         ImageError: there is no such file, it is truncated or no image, or its pixels are real
             numbers.
     """
+    with _open_image(file_name) as image:
+        image.load()
+        image = ImageOps.exif_transpose(image)
+    return _to_array(image, image_format, file_name)
+
+
+def read_image_size(file_name: str) -> tuple[int, int]:
+    """(height, width) of what :func:`read_image` gives, without decoding the pixels (but for PNG,
+    which may have its EXIF data after them).
+
+    Raises:
+        ImageError: there is no such file, or it is no image. A truncated one may not be found out.
+    """
+    with _open_image(file_name) as image:
+        width, height = image.size
+        turned = image.getexif().get(ExifTags.Base.Orientation) in _TURNED
+    return (width, height) if turned else (height, width)
+
+
+@contextmanager
+def _open_image(file_name: str) -> Iterator[Image.Image]:
     try:
         with PathManager.open(file_name, "rb") as file, Image.open(file) as image:
-            image.load()
-            image = ImageOps.exif_transpose(image)
+            yield image
     except FileNotFoundError as error:
         raise ImageError(f"{file_name}: no such image file") from error
     except _DAMAGE as error:
         raise ImageError(f"{file_name}: not a complete image file: {error}") from error
-    return _to_array(image, image_format, file_name)
 
 
 def convert_image(
@@ -102,3 +147,37 @@ def _upper_byte(pixels: np.ndarray, name: str) -> np.ndarray:
     if pixels.size and (pixels.min() < 0 or pixels.max() > 0xFFFF):
         raise ImageError(f"{name}: more than 16 bits a channel; convert the image to 8 bits")
     return (pixels >> 8).astype(np.uint8)
+
+
+class NamedAugInput(T.AugInput):
+    """An image to augment, which is refused by its name where resizing leaves nothing of it."""
+
+    def __init__(self, image: np.ndarray, name: str) -> None:
+        super().__init__(image)
+        self.name = name
+
+    def transform(self, tfm: T.Transform) -> None:
+        """
+        Raises:
+            ImageError: see :func:`check_resizing`.
+        """
+        if isinstance(tfm, T.ResizeTransform):
+            check_resizing(self.name, (tfm.h, tfm.w), (tfm.new_h, tfm.new_w))
+        super().transform(tfm)
+
+
+def check_resizing(name: str, size: tuple[int, int], new_size: tuple[int, int]) -> None:
+    """
+    Args:
+        name: of the image, for messages.
+        size, new_size: (height, width) in pixels.
+
+    Raises:
+        ImageError: a side would have no pixel.
+    """
+    if min(new_size) < 1:
+        (height, width), (new_height, new_width) = size, new_size
+        raise ImageError(
+            f"{name}: too narrow to be resized: its {width} x {height} pixels would become "
+            f"{new_width} x {new_height}"
+        )

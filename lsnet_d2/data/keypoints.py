@@ -1,16 +1,20 @@
 """The skeleton of a data set: names of keypoints, left and right pairs, bones, OKS sigmas."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
-from detectron2.data import MetadataCatalog
+from detectron2.data import Metadata, MetadataCatalog
 from detectron2.data.datasets.builtin_meta import (
     COCO_PERSON_KEYPOINT_FLIP_MAP,
     COCO_PERSON_KEYPOINT_NAMES,
     KEYPOINT_CONNECTION_RULES,
 )
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UserError
+
+# What a category of a COCO file says about keypoints; the last two are not COCO's own.
+SKELETON_KEYS = ("keypoints", "skeleton", "keypoint_flip_map", "keypoint_oks_sigmas")
 
 _SIDES = ("left", "right")
 _BONE_COLOR = (102, 204, 255)
@@ -20,23 +24,29 @@ def skeleton_metadata(categories: Sequence[dict]) -> dict[str, Any]:
     """What Detectron2's metadata say about keypoints, from a COCO file's ``categories``.
 
     The names are those under ``keypoints``. Names that differ in "left" and "right" alone are
-    pairs. The bones are those of ``skeleton``; where the keypoints are COCO's, Detectron2's.
+    pairs. The bones are those of ``skeleton``; where the keypoints are COCO's, Detectron2's. Two
+    keys beyond COCO's are read from the first category that has keypoints: ``keypoint_flip_map``,
+    pairs [left name, right name], in place of those that the names tell; and
+    ``keypoint_oks_sigmas``, a tolerance for each keypoint.
 
     Returns:
-        ``keypoint_names``, ``keypoint_flip_map``, ``keypoint_connection_rules``; empty where no
-        category has keypoints.
+        ``keypoint_names``, ``keypoint_flip_map``, ``keypoint_connection_rules``, and
+        ``keypoint_oks_sigmas`` where the file has them; empty where no category has keypoints.
 
     Raises:
-        ValueError: categories have different keypoints, a name occurs twice, or a bone leads to
-            none; the message names the category.
+        ValueError: names are not text, categories have different keypoints, a name occurs twice, a
+            bone or a pair leads to none, or the tolerances are not positive numbers, one a
+            keypoint; the message names the category.
     """
     with_keypoints = [c for c in categories if c.get("keypoints")]
     if not with_keypoints:
         return {}
     first = with_keypoints[0]
-    names = list(first["keypoints"])
+    names = first["keypoints"]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"the keypoints of category {first['name']!r} are not a list of names")
     for category in with_keypoints:
-        if list(category["keypoints"]) != names:
+        if category["keypoints"] != names:
             raise ValueError(
                 f"category {category['name']!r} has other keypoints than {first['name']!r}; "
                 "a data set can have one skeleton"
@@ -48,24 +58,83 @@ def skeleton_metadata(categories: Sequence[dict]) -> dict[str, Any]:
         flip_map = list(COCO_PERSON_KEYPOINT_FLIP_MAP)
     else:
         bones = first.get("skeleton") or []
-        if not all(1 <= end <= len(names) for bone in bones for end in bone):
+        numbers = range(1, len(names) + 1)
+        if not _are_pairs(bones) or not all(end in numbers for bone in bones for end in bone):
             raise ValueError(
                 f"category {first['name']!r} has a bone to a keypoint that it does not have "
                 f"(numbers are 1 to {len(names)})"
             )
-        rules = [(names[a - 1], names[b - 1], _BONE_COLOR) for a, b in bones]
+        rules = [(names[int(a) - 1], names[int(b) - 1], _BONE_COLOR) for a, b in bones]
         flip_map = _pairs(names)
-    return {
-        "keypoint_names": names,
+    if first.get("keypoint_flip_map") is not None:
+        flip_map = _given_pairs(first, names)
+    metadata = {
+        "keypoint_names": list(names),
         "keypoint_flip_map": flip_map,
         "keypoint_connection_rules": rules,
     }
+    sigmas = first.get("keypoint_oks_sigmas")
+    if sigmas is not None:
+        if not (
+            isinstance(sigmas, list)
+            and len(sigmas) == len(names)
+            and all(_is_finite(sigma) and sigma > 0 for sigma in sigmas)
+        ):
+            raise ValueError(
+                f"the keypoint_oks_sigmas of category {first['name']!r} are not "
+                f"{len(names)} positive numbers, one a keypoint"
+            )
+        metadata["keypoint_oks_sigmas"] = list(sigmas)
+    return metadata
+
+
+def check_triples(keypoints: Sequence) -> None:
+    """
+    Raises:
+        ValueError: the keypoints of an annotation are not finite triples x, y, visibility.
+    """
+    if len(keypoints) % 3 or not all(map(_is_finite, keypoints)):
+        raise ValueError("its keypoints are not finite triples x, y, visibility")
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _are_pairs(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(p, list) and len(p) == 2 for p in value)
+
+
+def _given_pairs(category: dict, names: list[str]) -> list[tuple[str, str]]:
+    pairs = category["keypoint_flip_map"]
+    paired = [name for pair in pairs for name in pair] if _are_pairs(pairs) else [None]
+    if not all(paired.count(name) == 1 and name in names for name in paired):
+        raise ValueError(
+            f"the keypoint_flip_map of category {category['name']!r} is not a list of pairs of "
+            "its keypoints, each in one pair at most"
+        )
+    return [(left, right) for left, right in pairs]
 
 
 def _pairs(names: list[str]) -> list[tuple[str, str]]:
     left, right = _SIDES
     pairs = ((name, name.replace(left, right)) for name in names if left in name)
     return [(name, other) for name, other in pairs if other in names]
+
+
+def known_keypoint_names(metadata: Metadata, num_keypoints: int) -> list[str]:
+    """What the keypoints of an object are called; empty where the metadata do not say.
+
+    Raises:
+        UserError: the metadata name another number of keypoints.
+    """
+    names = list(metadata.get("keypoint_names") or [])
+    if names and len(names) != num_keypoints:
+        raise UserError(
+            f"the metadata of {metadata.get('name', 'the data set')} name {len(names)} "
+            f"keypoints, but an object has {num_keypoints}"
+        )
+    return names
 
 
 def keypoint_flip_indices(dataset_names: Sequence[str], num_keypoints: int) -> list[int]:

@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.data.transforms import HFlipTransform, TransformList
+from detectron2.data.transforms import HFlipTransform, ResizeShortestEdge, TransformList
 from detectron2.layers import batched_nms
 from detectron2.modeling.test_time_augmentation import DatasetMapperTTA
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..data.images import check_resizing
 from .landmarks import LandmarkBranch
 from .lsnet import LSNet
 from .postprocessing import make_instances, rescale_instances
@@ -115,8 +116,16 @@ class LSNetDatasetMapperTTA(DatasetMapperTTA):
     def __call__(self, dataset_dict: dict) -> list[dict]:
         """
         Args:
-            dataset_dict: with "image" (C, H, W) on the CPU, "height" and "width".
+            dataset_dict: with "image" (C, H, W) on the CPU, "height" and "width", and for
+                messages "file_name".
+
+        Raises:
+            ImageError: in one of the sizes nothing is left of the image.
         """
+        height, width = dataset_dict["image"].shape[1:]
+        for size in self.min_sizes:
+            resized = ResizeShortestEdge.get_output_shape(height, width, size, self.max_size)
+            check_resizing(dataset_dict.get("file_name", "image"), (height, width), resized)
         augmented = super().__call__(dataset_dict)
         copies = len(augmented) // len(self.size_ranges)
         for index, image in enumerate(augmented):

@@ -4,7 +4,8 @@ import logging
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from lsnet_d2.data.builtin import explain_unregistered, register_folders
+from lsnet_d2.data.builtin import explain_unregistered, register_coco_files, register_folders
+from lsnet_d2.errors import ConfigError
 
 
 @pytest.fixture
@@ -68,3 +69,24 @@ def test_a_name_of_another_data_set_is_not_taken_in_silence(folders, caplog):
 
 def test_a_folder_that_is_not_there(tmp_path):
     assert register_folders(tmp_path / "nowhere") == []
+
+
+def test_files_of_a_config(folders, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("lsnet_d2"), "propagate", True)
+    json_file = str(folders / "fruits" / "annotations" / "instances_train.json")
+    images = str(folders / "fruits" / "train")
+    for _ in range(2):  # a config is loaded more than once
+        register_coco_files([["fruits_own", json_file, images]])
+    assert len(DatasetCatalog.get("fruits_own")) == 1
+    assert MetadataCatalog.get("fruits_own").thing_classes == ["date", "nut"]
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+    register_coco_files([["fruits_own", json_file, str(folders)]])
+    assert f"fruits_own is {json_file} now" in caplog.text
+    (record,) = DatasetCatalog.get("fruits_own")
+    assert record["file_name"] == str(folders / "a.jpg")
+
+
+@pytest.mark.parametrize("entry", ["fruits_own", ["fruits_own", "a.json"], ["fruits_own", 1, 2], 5])
+def test_malformed_files_of_a_config(entry):
+    with pytest.raises(ConfigError, match="DATASETS.COCO_FILES must list .name, annotation file"):
+        register_coco_files([entry])

@@ -3,8 +3,9 @@ import logging
 import pytest
 import tiny_coco
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from own_data import KEYPOINTS, write_own_data
 
-from lsnet_d2.data.catalog import load_metadata, reporting_data_errors
+from lsnet_d2.data.catalog import class_name, load_metadata, reporting_data_errors
 from lsnet_d2.data.coco_json import register_lsnet_instances
 from lsnet_d2.errors import UserError
 
@@ -36,6 +37,34 @@ def data_set(tmp_path):
 
 def test_names_of_classes_are_read(data_set):
     assert load_metadata(data_set[1]).thing_classes[0] == "person"
+
+
+def test_ids_and_keypoints_are_read_where_classes_have_names(tmp_path):
+    path, images = write_own_data(tmp_path, "val", 1)
+    register_lsnet_instances("named", path, images, {"thing_classes": ["ball", "bird", "box"]})
+    metadata = load_metadata("named")
+    assert metadata.thing_dataset_id_to_contiguous_id == {10: 0, 20: 1, 40: 2}
+    assert metadata.keypoint_names == KEYPOINTS
+    DatasetCatalog.remove("named")
+    MetadataCatalog.pop("named")
+
+
+def test_ids_that_cannot_be_read_are_not_needed(tmp_path, caplog):
+    register_lsnet_instances("gone", tmp_path / "a.json", tmp_path, {"thing_classes": ["ball"]})
+    with caplog.at_level(logging.WARNING):
+        assert load_metadata("gone").thing_classes == ["ball"]
+    assert "No ids of categories: " in caplog.text and "a.json: no such" in caplog.text
+    DatasetCatalog.remove("gone")
+    MetadataCatalog.pop("gone")
+
+
+def test_names_that_are_known_otherwise_need_no_reading():
+    DatasetCatalog.register("no_file", lambda: pytest.fail("read"))
+    MetadataCatalog.get("no_file").set(thing_classes=["ball"])
+    assert class_name(load_metadata("no_file"), 0) == "ball"
+    assert class_name(MetadataCatalog.get("no_file"), 1) == "1"
+    DatasetCatalog.remove("no_file")
+    MetadataCatalog.pop("no_file")
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "folder"])

@@ -377,6 +377,8 @@ def test_image_errors_name_the_file(image, tmp_path):
     wrong = {**record(image), "height": 61}
     with pytest.raises(ImageError, match="image.png.*100, 60.*100, 61"):
         mapper()(wrong)
+    with pytest.raises(ImageError, match="image.png: too narrow to be resized: .* 2 x 0"):
+        mapper(T.CropTransform(0, 0, 100, 1), T.ResizeShortestEdge(10, 2))(record(image))
 
 
 def test_inference_gives_the_image_only(image):

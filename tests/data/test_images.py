@@ -1,8 +1,16 @@
+import detectron2.data.transforms as T
 import numpy as np
 import pytest
 from PIL import Image
 
-from lsnet_d2.data.images import ImageError, convert_image, read_image
+from lsnet_d2.data.images import (
+    ImageError,
+    NamedAugInput,
+    convert_image,
+    load_image,
+    read_image,
+    read_image_size,
+)
 
 GRADIENT = np.arange(12 * 20, dtype=np.uint8).reshape(12, 20)
 
@@ -39,6 +47,17 @@ def test_turned_as_exif_says(tmp_path):
     exif[0x0112] = 6
     file = save(tmp_path / "turned.png", np.repeat(GRADIENT[..., None], 3, axis=2), exif=exif)
     np.testing.assert_array_equal(read_image(file, "RGB")[:, :, 0], np.rot90(GRADIENT, -1))
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_sizes_are_those_of_what_is_read(tmp_path, suffix, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = save(tmp_path / f"a.{suffix}", GRADIENT, exif=exif)
+    assert read_image_size(file) == read_image(file, "RGB").shape[:2]
+    with pytest.raises(ImageError, match="gone.png: no such image file"):
+        read_image_size(str(tmp_path / "gone.png"))
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
@@ -139,3 +158,27 @@ def test_truncated_file_that_pil_has_opened(tmp_path, suffix):
         pytest.raises(ImageError, match="^frame 7: not a complete image: "),
     ):
         convert_image(image, "BGR", name="frame 7")
+
+
+def test_files_and_images_in_memory(tmp_path):
+    pixels = COLOURS[:, :, :3]
+    file = save(tmp_path / "a.png", pixels)
+    for image in (file, tmp_path / "a.png", Image.fromarray(pixels), pixels):
+        np.testing.assert_array_equal(load_image(image, "RGB", array_format="RGB"), pixels)
+    with pytest.raises(TypeError, match="^frame 7 is of type bytes; it must be a path"):
+        load_image(b"", "RGB", name="frame 7")
+
+
+@pytest.mark.parametrize(
+    ("size", "message"), [((1, 5000), "5000 x 1 .* 1333 x 0"), ((5000, 1), "1 x 5000 .* 0 x 1333")]
+)
+def test_images_of_which_resizing_leaves_nothing(size, message):
+    image = NamedAugInput(np.zeros((*size, 3), np.uint8), "strip.png")
+    with pytest.raises(ImageError, match=f"^strip.png: too narrow to be resized: .*{message}"):
+        T.ResizeShortestEdge(800, 1333)(image)
+
+
+def test_narrow_images_are_resized():
+    image = NamedAugInput(np.zeros((2, 5000, 3), np.uint8), "strip.png")
+    T.AugmentationList([T.ResizeShortestEdge(800, 1333), T.RandomFlip(prob=1)])(image)
+    assert image.image.shape == (1, 1333, 3)

@@ -52,6 +52,10 @@ def test_coco_people_have_detectron2s_skeleton():
         ([HAND, {"name": "foot", "keypoints": ["heel"]}], "'foot' has other keypoints than 'hand'"),
         ([{"name": "a", "keypoints": ["x", "x"]}], "'a' has two keypoints of the same name"),
         ([{**HAND, "skeleton": [[0, 1]]}], "'hand' has a bone to a keypoint"),
+        ([{**HAND, "skeleton": [[1, 2, 3]]}], "'hand' has a bone to a keypoint"),
+        ([{**HAND, "skeleton": [["wrist", "left_tip"]]}], "'hand' has a bone to a keypoint"),
+        ([{**HAND, "keypoints": 3}], "the keypoints of category 'hand' are not a list of names"),
+        ([{**HAND, "keypoints": [1, 2, 3]}], "the keypoints of category 'hand' are not a list"),
     ],
 )
 def test_bad_skeletons_name_the_category(categories, message):
@@ -76,3 +80,37 @@ def test_flip_indices_need_one_skeleton_of_the_right_size(register):
         keypoint_flip_indices([hands], 17)
     with pytest.raises(ConfigError, match="cups have no keypoint_names"):
         keypoint_flip_indices([none], 17)
+
+
+def test_pairs_and_tolerances_of_the_file():
+    hand = {
+        **HAND,
+        "keypoint_flip_map": [["wrist", "right_tip"]],
+        "keypoint_oks_sigmas": [0.1, 0.2, 0.3],
+    }
+    metadata = skeleton_metadata([hand])
+    assert metadata["keypoint_flip_map"] == [("wrist", "right_tip")]
+    assert metadata["keypoint_oks_sigmas"] == [0.1, 0.2, 0.3]
+    assert skeleton_metadata([{**HAND, "keypoint_flip_map": []}])["keypoint_flip_map"] == []
+    assert "keypoint_oks_sigmas" not in skeleton_metadata([HAND])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("keypoint_flip_map", [["left_tip", "thumb"]]),
+        ("keypoint_flip_map", [["left_tip", "right_tip"], ["right_tip", "wrist"]]),
+        ("keypoint_flip_map", [["left_tip", "right_tip", "wrist"]]),
+        ("keypoint_flip_map", [["left_tip", "left_tip"]]),
+        ("keypoint_flip_map", 1),
+        ("keypoint_flip_map", ["left_tip"]),
+        ("keypoint_oks_sigmas", 0.1),
+        ("keypoint_oks_sigmas", [0.1, 0.2]),
+        ("keypoint_oks_sigmas", [0.1, 0.2, 0]),
+        ("keypoint_oks_sigmas", [0.1, 0.2, "0.3"]),
+        ("keypoint_oks_sigmas", [0.1, 0.2, float("nan")]),
+    ],
+)
+def test_bad_pairs_and_tolerances_name_the_category(key, value):
+    with pytest.raises(ValueError, match=f"the {key} of category 'hand'"):
+        skeleton_metadata([{**HAND, key: value}])

@@ -10,10 +10,12 @@ from detectron2.structures import Boxes
 from parity import Recorded
 from tiny_model import make_input, tiny_cfg, tiny_model
 
+from lsnet_d2.data.images import ImageError
 from lsnet_d2.errors import ConfigError
 from lsnet_d2.modeling.branches import ContourBranch, ExtremeBranch, KeypointBranch
 from lsnet_d2.modeling.postprocessing import make_instances
 from lsnet_d2.modeling.test_time_augmentation import (
+    LSNetDatasetMapperTTA,
     LSNetWithTTA,
     batches_of_one_size,
     boxes_in_range,
@@ -321,6 +323,13 @@ def test_bad_settings_name_their_key(key, value, message):
     cfg.TEST.AUG[key] = value
     with pytest.raises(ValueError, match=f"TEST.AUG.{key} {message}"):
         LSNetWithTTA(cfg, tiny_model())
+
+
+def test_images_of_which_a_size_leaves_nothing():
+    mapper = LSNetDatasetMapperTTA(min_sizes=[40, 400], max_size=600, flip=True)
+    strip = {"image": torch.zeros(3, 1, 5000), "height": 1, "width": 5000, "file_name": "strip.png"}
+    with pytest.raises(ImageError, match="strip.png: too narrow .* 5000 x 1 .* 600 x 0"):
+        mapper(strip)
 
 
 def test_keypoints_that_are_not_known_cannot_be_mirrored():

@@ -10,6 +10,7 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image
 from tiny_coco import ROOT, run_tool
 
+from lsnet_d2 import Results
 from lsnet_d2.checkpointer import LSNetCheckpointer
 from lsnet_d2.config_file import load_config
 from lsnet_d2.modeling import LSNetWithTTA
@@ -22,7 +23,7 @@ spec.loader.exec_module(demo_tool)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Config, weights, two good images, a broken one and a video."""
+    """Config, weights, two good images, two that cannot be used and a video."""
     folder = tmp_path_factory.mktemp("demo")
     config = tiny_coco.write_config(folder)
     model = build_model(load_config(str(config), ["MODEL.DEVICE", "cpu"]))
@@ -36,6 +37,7 @@ def folder(tmp_path_factory):
         Image.fromarray(np.full((48, 64, 3), 90, np.uint8)).save(images / name)
     (images / "broken.jpg").write_bytes((images / "a.jpg").read_bytes()[:300])
     (images / "notes.txt").write_text("no image")
+    Image.new("RGB", (5000, 1)).save(images / "narrow.png")
     writer = cv2.VideoWriter(
         str(folder / "clip.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 10, (64, 48)
     )
@@ -72,24 +74,28 @@ def test_folder_with_a_broken_image(folder):
     )
     assert result.returncode == 1
     assert "broken.jpg: not a complete image file" in result.stdout
-    assert "1 of 3 images could not be read" in result.stdout
+    assert "narrow.png: too narrow to be resized" in result.stdout
+    assert "2 of 4 images could not be used" in result.stdout
     assert sorted(p.name for p in output.iterdir()) == ["a.jpg", "b.png"]
     with Image.open(output / "b.png") as picture:
         assert picture.size == (640, 480)
         assert len(picture.getcolors(1 << 20)) > 1  # a score of 0 is enough to be drawn
 
 
-def test_images_are_read_as_in_training(tmp_path):
-    Image.fromarray(np.full((4, 5), 128 * 257, np.uint16)).save(tmp_path / "deep.png")
-    seen = []
+def make_detector(folder, threshold):
+    opts = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", str(folder / "weights.pth")]
+    return demo_tool.Detector(
+        load_config(str(folder / "tiny.yaml"), opts), threshold, contours="outlined"
+    )
 
-    class Stub:
-        def draw(self, image):
-            seen.append(image)
-            return image, 0
 
-    assert demo_tool.run_on_images(Stub(), [str(tmp_path / "deep.png")], str(tmp_path / "o")) == 0
-    assert seen[0].shape == (4, 5, 3) and (seen[0] == 128).all()
+def test_images_are_read_as_in_training(folder, tmp_path):
+    Image.fromarray(np.full((48, 64), 128 * 257, np.uint16)).save(tmp_path / "deep.png")
+    detector = make_detector(folder, 0.99)
+    output = tmp_path / "out.png"
+    assert demo_tool.run_on_images(detector, [str(tmp_path / "deep.png")], str(output)) == 0
+    with Image.open(output) as picture:
+        assert picture.getcolors() == [(640 * 480, (128, 128, 128))]
 
 
 def test_glob_threshold_and_output_file(folder):
@@ -135,14 +141,10 @@ def test_objects_of_a_video_keep_their_colours(folder, monkeypatch, tmp_path):
         instances = Instances((240, 320))
         instances.pred_boxes = Boxes(boxes[order])
         instances.pred_classes = torch.zeros(2, dtype=torch.int64)
-        return instances
+        return Results(instances, array_format="RGB")
 
     monkeypatch.setattr(demo_tool.LSNetPredictor, "__call__", predict)
-    cfg = load_config(
-        str(folder / "tiny.yaml"),
-        ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", str(folder / "weights.pth")],
-    )
-    detector = demo_tool.Detector(cfg, 0.5, contours="outlined")
+    detector = make_detector(folder, 0.5)
     demo_tool.run_on_video(detector, str(tmp_path / "clip.avi"), str(tmp_path / "out.mp4"))
     capture = cv2.VideoCapture(str(tmp_path / "out.mp4"))
     palette = 255 * np.array(PALETTE[:2])
