@@ -47,7 +47,7 @@ class LastLevelP6P7Norm(nn.Module):
         # Never in bfloat16, where the gradient of a kernel that moves over a map of one cell in
         # steps of two is garbage on CPUs (torch 2.14.1). There is little to compute.
         with torch.autocast(feature.device.type, enabled=False):
-            p6 = self.p6(feature.float())
+            p6 = self.p6(feature.to(self.p6.weight.dtype))
             return [p6, self.p7(p6)]
 
 
