@@ -214,7 +214,22 @@ class LandmarkBranch(ABC):
     def add_predictions(self, instances: Instances, landmarks: Tensor) -> None:
         """Enter predicted landmarks (N, V, 2), clipped to the image, into ``instances``, which has
         scores, boxes and classes."""
-        instances.set(self.pred_field, clip_points(landmarks, instances.image_size))
+        prediction = self.prediction(
+            landmarks, instances.scores, instances.pred_classes, instances.image_size
+        )
+        instances.set(self.pred_field, prediction)
+
+    def prediction(
+        self, landmarks: Tensor, scores: Tensor, classes: Tensor, image_size: tuple[int, int]
+    ) -> Tensor:
+        """What ``pred_field`` has.
+
+        Args:
+            landmarks: (N, V, 2).
+            scores, classes: (N,), of the detections.
+            image_size: (height, width), to which landmarks are clipped.
+        """
+        return clip_points(landmarks, image_size)
 
     def rescale_predictions(self, instances: Instances, scale: tuple[float, float]) -> None:
         """Multiply predicted landmarks by (scale_x, scale_y), in place, and clip them anew."""
@@ -411,23 +426,16 @@ class KeypointBranch(LandmarkBranch):
         overlap = cross_iou_per_coordinate(vectors, target_vectors, targets.visible)
         return overlap, torch.zeros_like(overlap)
 
-    def add_predictions(self, instances: Instances, landmarks: Tensor) -> None:
-        self._enter(instances, landmarks)
-
     def rescale_predictions(self, instances: Instances, scale: tuple[float, float]) -> None:
         places = instances.get(self.pred_field)[..., :2]
-        self._enter(instances, places * places.new_tensor(scale))
+        self.add_predictions(instances, places * places.new_tensor(scale))
 
-    def _enter(self, instances: Instances, places: Tensor) -> None:
-        places = clip_points(places, instances.image_size)
-        scores = instances.scores
+    def prediction(self, landmarks, scores, classes, image_size):
         if self.classes:
-            has_keypoints = torch.isin(
-                instances.pred_classes, instances.pred_classes.new_tensor(self.classes)
-            )
-            scores = scores * has_keypoints
+            scores = scores * torch.isin(classes, classes.new_tensor(self.classes))
         scores = scores[:, None, None].expand(-1, self.num_landmarks, 1)
-        instances.set(self.pred_field, torch.cat([places, scores.to(places)], dim=2))
+        places = clip_points(landmarks, image_size)
+        return torch.cat([places, scores.to(places)], dim=2)
 
 
 BRANCHES: dict[str, type[LandmarkBranch]] = {
