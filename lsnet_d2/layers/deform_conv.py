@@ -90,14 +90,14 @@ def sampled_conv(
     # unless there are more pixels than outputs.
     pixels = feature.permute(0, 2, 3, 1).flatten(0, 2)
     if out_size.numel() < height * width:
-        index = RowIndex(pixel.reshape(-1, 4), pixels.shape[0])
+        index = RowIndex(pixel.reshape(-1, 4), len(pixels))
         weights = corner_weight.reshape(-1, 4).to(pixels.dtype)
         samples = weighted_row_sum(pixels.contiguous(), index, weights)
         out = _join_taps(samples.unflatten(0, (-1, taps)), weight, groups)
     else:
         tap = torch.arange(taps, dtype=pixel.dtype, device=pixel.device).view(-1, 1)
         table = project_taps(pixels, weight, groups)
-        index = RowIndex((pixel * taps + tap).reshape(-1, taps * 4), table.shape[0])
+        index = RowIndex((pixel * taps + tap).reshape(-1, taps * 4), len(table))
         weights = corner_weight.reshape(-1, taps * 4).to(table.dtype)
         out = weighted_row_sum(table, index, weights)
     return out.view(images, *out_size, len(weight)).permute(0, 3, 1, 2)
@@ -143,8 +143,11 @@ def _detectron2_has_cuda_operators() -> bool:
 def select_implementation(device_type: str, autocast: bool):
     """The function that computes a modulated deformable convolution on a device.
 
-    Detectron2's operator is wrong under autocast, torchvision's is not.
+    Detectron2's operator is wrong under autocast, torchvision's is not. The latter is what exported
+    models have: ONNX has the same.
     """
+    if torch.compiler.is_exporting():
+        return _torchvision_modulated_deform_conv
     if device_type != "cuda":
         return _torch_modulated_deform_conv
     if autocast or not _detectron2_has_cuda_operators():

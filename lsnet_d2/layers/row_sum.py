@@ -13,10 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-# Rows that are stored for each sum where there is no other way.
-_CHUNK = 4
-
-
 class RowIndex:
     """Which rows of a table go into each sum, with the transposed index made at most once.
 
@@ -60,16 +56,20 @@ def weighted_row_sum(table: Tensor, index: RowIndex, weights: Tensor) -> Tensor:
 
 
 def _sum_rows(table: Tensor, index: RowIndex, weights: Tensor) -> Tensor:
-    if torch.onnx.is_in_onnx_export():
-        return _sum_rows_in_chunks(table, index.rows, weights)
+    if torch.compiler.is_exporting():
+        return row_sum_operator(table, index.rows, weights)
     return F.embedding_bag(index.rows, table, mode="sum", per_sample_weights=weights)
 
 
-def _sum_rows_in_chunks(table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-    """The same as matrix products. ONNX has no operator for it that stores no rows; all at once
-    would be much to store."""
-    chunks = zip(rows.split(_CHUNK, dim=1), weights.split(_CHUNK, dim=1), strict=True)
-    return sum(torch.bmm(w[:, None], F.embedding(r, table)) for r, w in chunks)[:, 0]
+@torch.library.custom_op("lsnet_d2::sum_rows", mutates_args=())
+def row_sum_operator(table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+    """The sums as one operator, which an export translates (``lsnet_d2/export.py``)."""
+    return _sum_rows(table, RowIndex(rows, table.shape[0]), weights)
+
+
+@row_sum_operator.register_fake
+def _(table, rows, weights):
+    return table.new_empty(rows.shape[0], table.shape[1])
 
 
 class _WeightedRowSum(torch.autograd.Function):
