@@ -141,7 +141,11 @@ class LSNetPredictor:
                 "or an image of PIL"
             )
         height, width = pixels.shape[:2]
+        return {"image": self.resize(pixels), "height": height, "width": width}
+
+    def resize(self, pixels: np.ndarray) -> torch.Tensor:
+        """An image (H, W, 3) with the channels of ``INPUT.FORMAT`` as the model takes it:
+        (3, H', W'), in the size of evaluation."""
         resized = T.AugInput(pixels)
         self._augmentation(resized)
-        tensor = torch.from_numpy(np.ascontiguousarray(resized.image.transpose(2, 0, 1)))
-        return {"image": tensor, "height": height, "width": width}
+        return torch.from_numpy(np.ascontiguousarray(resized.image.transpose(2, 0, 1)))
