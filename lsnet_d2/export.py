@@ -117,7 +117,8 @@ def describe(cfg: CfgNode, metadata: Metadata | None) -> dict[str, str]:
 def export_program(model: LSNet, description: dict[str, str]) -> bytes:
     """What ``torch.export.load`` reads; its module takes an image as :class:`DetectingModule`.
 
-    Each side of the image must have 129 pixels or more. Loading needs ``import lsnet_d2``, which
+    Each side of the image must have 129 pixels or more, so that no level has a side of one cell,
+    when the strides are 8 to 128. Loading needs ``import lsnet_d2``, which
     defines two operators.
 
     Args:
@@ -265,8 +266,22 @@ def load_onnx(data: bytes) -> Callable[[Tensor], tuple[Tensor, ...]]:
 
 
 def load_program(data: bytes) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    """A function like :class:`DetectingModule` from :func:`export_program`'s."""
-    return torch.export.load(io.BytesIO(data)).module()
+    """A function like :class:`DetectingModule` from :func:`export_program`'s bytes.
+
+    It raises a UserError for an image that is too small.
+    """
+    program = torch.export.load(io.BytesIO(data)).module()
+
+    def run(image: Tensor) -> tuple[Tensor, ...]:
+        try:
+            return program(image)
+        except AssertionError as error:  # of the sizes that the program was made for
+            height, width = image.shape[1:]
+            raise UserError(
+                f"the program does not take an image of {height} x {width}: {error}"
+            ) from error
+
+    return run
 
 
 @dataclass

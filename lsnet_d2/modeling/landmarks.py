@@ -432,7 +432,7 @@ class KeypointBranch(LandmarkBranch):
 
     def prediction(self, landmarks, scores, classes, image_size):
         if self.classes:
-            scores = scores * torch.isin(classes, classes.new_tensor(self.classes))
+            scores = scores * (classes[:, None] == classes.new_tensor(self.classes)).any(dim=1)
         scores = scores[:, None, None].expand(-1, self.num_landmarks, 1)
         places = clip_points(landmarks, image_size)
         return torch.cat([places, scores.to(places)], dim=2)
