@@ -34,6 +34,10 @@ INSTALL_REQUIRES = [
     "setuptools>=81,<82",
 ]
 
+# tools/export_model.py. Older versions of ONNX Runtime, the only ones for Python 3.10, have no
+# deformable convolution on the CPU.
+EXPORT = ["onnx>=1.23", "onnxscript>=0.7.2", "onnxruntime>=1.23"]
+
 setup(
     name="lsnet_d2",
     version="0.1.0",
@@ -43,6 +47,14 @@ setup(
     packages=find_packages(include=["lsnet_d2", "lsnet_d2.*"]),
     install_requires=INSTALL_REQUIRES,
     extras_require={
-        "dev": ["hypothesis>=6.168", "pre-commit>=4.6", "pytest>=9.2", "ruff==0.17.6"],
+        "dev": [
+            *EXPORT,
+            "hypothesis>=6.168",
+            "pre-commit>=4.6",
+            "pytest>=9.2",
+            "ruff==0.17.6",
+            "scikit-image>=0.25",  # photos
+        ],
+        "export": EXPORT,
     },
 )

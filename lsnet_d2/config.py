@@ -79,8 +79,8 @@ def add_lsnet_config(cfg: CN) -> None:
     cfg.MODEL.LSNET.INIT_LOSS_WEIGHTS = []
     cfg.MODEL.LSNET.REFINE_LOSS_WEIGHTS = []
     # Those of the third stage, of its landmarks and of the quality that it predicts for them.
-    cfg.MODEL.LSNET.POLISH_LOSS_WEIGHT = 2.0
-    cfg.MODEL.LSNET.QUALITY_LOSS_WEIGHT = 1.0
+    cfg.MODEL.LSNET.POLISH_LOSS_WEIGHT = 0.5
+    cfg.MODEL.LSNET.QUALITY_LOSS_WEIGHT = 0.25
     # Weights of the losses of corner verification: heat maps, offsets, semantic map.
     cfg.MODEL.LSNET.CPV_LOSS_WEIGHTS = [0.25, 1.0, 0.1]
     # What an object without a labelled keypoint teaches the pose. False: nothing. True: the

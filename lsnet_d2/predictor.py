@@ -142,8 +142,20 @@ class LSNetPredictor:
         """What the model takes. ``number`` is that of the image in its list."""
         name = os.fspath(image) if isinstance(image, (str, os.PathLike)) else f"image {number}"
         pixels = load_image(image, self.cfg.INPUT.FORMAT, array_format=self.array_format, name=name)
+        height, width = pixels.shape[:2]
+        resized = self.resize(pixels, name)
+        return {"image": resized, "height": height, "width": width, "file_name": name}
+
+    def resize(self, pixels: np.ndarray, name: str) -> torch.Tensor:
+        """An image (H, W, 3) with the channels of ``INPUT.FORMAT`` as the model takes it:
+        (3, H', W'), in the size of evaluation.
+
+        Args:
+            name: for messages.
+
+        Raises:
+            ImageError: the image is too narrow for it.
+        """
         resized = NamedAugInput(pixels, name)
         self._augmentation(resized)
-        tensor = torch.from_numpy(np.ascontiguousarray(resized.image.transpose(2, 0, 1)))
-        height, width = pixels.shape[:2]
-        return {"image": tensor, "height": height, "width": width, "file_name": name}
+        return torch.from_numpy(np.ascontiguousarray(resized.image.transpose(2, 0, 1)))

@@ -149,8 +149,11 @@ def _detectron2_has_cuda_operators() -> bool:
 def select_implementation(device_type: str, autocast: bool):
     """The function that computes a modulated deformable convolution on a device.
 
-    Detectron2's operator is wrong under autocast, torchvision's is not.
+    Detectron2's operator is wrong under autocast, torchvision's is not. The latter is what exported
+    models have: ONNX has the same.
     """
+    if torch.compiler.is_exporting():
+        return _torchvision_modulated_deform_conv
     if device_type != "cuda":
         return _torch_modulated_deform_conv
     if autocast or not _detectron2_has_cuda_operators():

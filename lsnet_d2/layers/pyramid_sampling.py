@@ -43,6 +43,12 @@ def unflatten_levels(flat: Tensor, sizes: list[tuple[int, int]]) -> list[Tensor]
     ]
 
 
+def expand_levels(values: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
+    """What holds for a level (L, ...), for each of its points (A, ...)."""
+    levels = zip(values, sizes, strict=True)
+    return torch.cat([value.expand(h * w, *value.shape) for value, (h, w) in levels])
+
+
 @dataclass(frozen=True)
 class _Layout:
     """For each anchor point (A,) and each of its three sources (A, 3): the fixed part of sampling.
@@ -59,8 +65,6 @@ class _Layout:
     first_pixel: Tensor
 
 
-@lru_cache(maxsize=32)
-@torch.inference_mode(False)  # made at test time, it may be used in training
 def _layout(
     sizes: tuple[tuple[int, int], ...], accumulate_scales: bool, device: torch.device
 ) -> _Layout:
@@ -74,14 +78,17 @@ def _layout(
         torch.stack(torch.meshgrid(torch.arange(w), torch.arange(h), indexing="xy"), -1).view(-1, 2)
         for h, w in sizes
     ]
-    level = torch.repeat_interleave(torch.arange(len(sizes)), pixels)
     return _Layout(
         cell=torch.cat(cells).to(device),
-        size=sizes_wh[sources][level].to(device, torch.int32),
-        scale=scale[level].to(device),
-        offset_scale=offset_scale[level].to(device),
-        first_pixel=first_pixel[sources][level].to(device, torch.int32),
+        size=expand_levels(sizes_wh[sources], sizes).to(device, torch.int32),
+        scale=expand_levels(scale, sizes).to(device),
+        offset_scale=expand_levels(offset_scale, sizes).to(device),
+        first_pixel=expand_levels(first_pixel[sources], sizes).to(device, torch.int32),
     )
+
+
+# Made at test time, it may be used in training.
+_cached_layout = lru_cache(maxsize=32)(torch.inference_mode(False)(_layout))
 
 
 class PyramidGrid:
@@ -106,7 +113,9 @@ class PyramidGrid:
         if num_points != sum(h * w for h, w in sizes):
             raise ValueError(f"{num_points} sampling points do not fill levels of sizes {sizes}")
         self.sizes = list(sizes)
-        layout = _layout(tuple(sizes), reference_offsets, points.device)
+        # When a model is exported, sizes are symbols, which cannot be keys.
+        layout_of = _layout if torch.compiler.is_exporting() else _cached_layout
+        layout = layout_of(tuple(sizes), reference_offsets, points.device)
 
         # A tap lies at cell * scale + tap * (scale - offset_scale) + point * offset_scale. The
         # middle term is zero but for the released code, which scales offsets *from the taps*.

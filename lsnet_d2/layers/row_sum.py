@@ -76,7 +76,20 @@ def weighted_sum_of_made_rows(
 
 
 def _sum_rows(table: Tensor, index: RowIndex, weights: Tensor) -> Tensor:
+    if torch.compiler.is_exporting():
+        return row_sum_operator(table, index.rows, weights)
     return F.embedding_bag(index.rows, table, mode="sum", per_sample_weights=weights)
+
+
+@torch.library.custom_op("lsnet_d2::sum_rows", mutates_args=())
+def row_sum_operator(table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+    """The sums as one operator, which an export translates (``lsnet_d2/export.py``)."""
+    return _sum_rows(table, RowIndex(rows, table.shape[0]), weights)
+
+
+@row_sum_operator.register_fake
+def _(table, rows, weights):
+    return table.new_empty(rows.shape[0], table.shape[1])
 
 
 class _WeightedRowSum(torch.autograd.Function):

@@ -86,6 +86,7 @@ class ContourBranch(LandmarkBranch):
 
     name = "segm"
     pred_field = "pred_contours"
+    score_field = "contour_scores"
     # With 36 vertices the released code samples at these; its checkpoints depend on it.
     _SAMPLING = {36: [0, 5, 10, 15, 20, 25, 30, 35]}
     _VERTICES_PER_GROUP = 4
@@ -141,13 +142,6 @@ class ContourBranch(LandmarkBranch):
         between = _cross(landmarks - true, chords).abs().sum(1) / 4
         return ((area - between) / (area + between).clamp(min=_TINY)).clamp(min=0)
 
-    def scores(self, instances: Instances) -> Tensor:
-        return instances.contour_scores
-
-    def add_predictions(self, instances: Instances, landmarks: Tensor, scores: Tensor) -> None:
-        super().add_predictions(instances, landmarks, scores)
-        instances.contour_scores = scores
-
     def flip_indices(self, dataset_names: Sequence[str]) -> list[int]:
         """The first vertex stays the first, and the direction is kept."""
         return [0, *range(self.num_landmarks - 1, 0, -1)]
@@ -177,6 +171,7 @@ class KeypointBranch(LandmarkBranch):
 
     name = "pose"
     pred_field = "pred_keypoints"
+    score_field = "pose_scores"
     # Of COCO's 17 the released code samples at the left ones; its checkpoints depend on it.
     _SAMPLING = {17: [1, 3, 5, 7, 9, 11, 13, 15]}
 
@@ -246,19 +241,12 @@ class KeypointBranch(LandmarkBranch):
         visible = targets.visible.to(similarity)
         return (similarity * visible).sum(1) / visible.sum(1).clamp(min=1)
 
-    def scores(self, instances: Instances) -> Tensor:
-        return instances.pose_scores
-
-    def add_predictions(self, instances: Instances, landmarks: Tensor, scores: Tensor) -> None:
-        places = clip_points(landmarks, instances.image_size)
+    def prediction(self, landmarks, scores, classes, image_size):
         if self.classes:
-            has_keypoints = torch.isin(
-                instances.pred_classes, instances.pred_classes.new_tensor(self.classes)
-            )
-            scores = scores * has_keypoints
-        instances.pose_scores = scores
-        scores = scores[:, None, None].expand(-1, self.num_landmarks, 1)
-        instances.set(self.pred_field, torch.cat([places, scores.to(places)], dim=2))
+            scores = scores * (classes[:, None] == classes.new_tensor(self.classes)).any(dim=1)
+        column = scores[:, None, None].expand(-1, self.num_landmarks, 1)
+        places = clip_points(landmarks, image_size)
+        return torch.cat([places, column.to(places)], dim=2), scores
 
     def rescale_predictions(self, instances: Instances, scale: tuple[float, float]) -> None:
         places = instances.get(self.pred_field)[..., :2]

@@ -300,7 +300,7 @@ def snap_boxes(boxes: Tensor, levels: Tensor, points: AnchorPoints, output: Corn
     size = torch.tensor([(w, h) for h, w in points.sizes], device=boxes.device)[source]
     stride = points.strides[first]
 
-    corners = boxes.view(len(boxes), 2, 1, 2)  # N, corner, cell of the window, x and y
+    corners = boxes.view(-1, 2, 1, 2)  # N, corner, cell of the window, x and y
     last = (size - 1)[:, None, None]
     cell = (corners / stride[:, None, None, None]).floor().long()
     # The window begins at the corner's own cell, or so that it ends with the map.

@@ -82,10 +82,12 @@ class LandmarkBranch(ABC):
         sampling_landmarks: indices of the landmarks at which features are sampled. The centre is
             sampled too, and what is missing to nine points are free, learned displacements.
         pred_field: field of ``Instances`` that holds the predicted landmarks.
+        score_field: field that holds their scores; "scores" are those of the detections.
     """
 
     name: str
     pred_field: str
+    score_field = "scores"
 
     def __init__(
         self,
@@ -253,11 +255,29 @@ class LandmarkBranch(ABC):
         Args:
             scores: (N,), of the landmarks. Those of the first branch are ``instances.scores``.
         """
-        instances.set(self.pred_field, clip_points(landmarks, instances.image_size))
+        places, scores = self.prediction(
+            landmarks, scores, instances.pred_classes, instances.image_size
+        )
+        instances.set(self.pred_field, places)
+        if self.score_field != "scores":
+            instances.set(self.score_field, scores)
+
+    def prediction(
+        self, landmarks: Tensor, scores: Tensor, classes: Tensor, image_size: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """What ``pred_field`` and ``score_field`` have.
+
+        Args:
+            landmarks: (N, V, 2).
+            scores: (N,), of the landmarks.
+            classes: (N,).
+            image_size: (height, width), to which landmarks are clipped.
+        """
+        return clip_points(landmarks, image_size), scores
 
     def scores(self, instances: Instances) -> Tensor:
         """(N,), the scores of the landmarks in ``instances``."""
-        return instances.scores
+        return instances.get(self.score_field)
 
     def rescale_predictions(self, instances: Instances, scale: tuple[float, float]) -> None:
         """Multiply predicted landmarks by (scale_x, scale_y), in place, and clip them anew."""

@@ -3,15 +3,15 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from detectron2.config import configurable
-from detectron2.layers import batched_nms
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
 from .branches import build_branches
-from .corner_verification import CornerOutput, snap_boxes
+from .corner_verification import snap_boxes
 from .criterion import Criterion
 from .head import HeadOutput, LSNetHead
 from .landmarks import LandmarkBranch
@@ -132,10 +132,7 @@ class LSNet(DenseDetector):
                 gives the ``Instances`` in pixels of the network's input.
         """
         images = self.preprocess_image(batched_inputs)
-        features = self.backbone(images.tensor)
-        predictions = self.head([features[name] for name in self.head_in_features])
-        points = make_anchor_points(predictions.sizes, self.strides, images.device)
-        fine = [features[name] for name in self.polish_in_features]
+        points, predictions, fine = self.predict(images.tensor)
         if self.training:
             return self.criterion(
                 points,
@@ -161,6 +158,20 @@ class LSNet(DenseDetector):
             for inputs, result in zip(batched_inputs, results, strict=True)
         ]
 
+    def predict(self, images: Tensor) -> tuple[AnchorPoints, HeadOutput, list[Tensor]]:
+        """
+        Args:
+            images: (B, 3, H, W), normalised and padded.
+
+        Returns:
+            The anchor points, what is predicted there, and the feature maps (B, C, H', W') that
+            the third stage looks at.
+        """
+        features = self.backbone(images)
+        predictions = self.head([features[name] for name in self.head_in_features])
+        points = make_anchor_points(predictions.sizes, self.strides, images.device)
+        return points, predictions, [features[name] for name in self.polish_in_features]
+
     def inference(
         self,
         points: AnchorPoints,
@@ -169,36 +180,37 @@ class LSNet(DenseDetector):
         images: ImageList,
     ) -> list[Instances]:
         """Detections of each image, in pixels of the network's input."""
-        scores = predictions.logits.float().sigmoid()
-        return [
-            self.inference_single_image(
-                points,
-                scores[image],
-                [vectors[image].float() for vectors in predictions.refine],
-                [feature[image : image + 1] for feature in fine],
-                size,
-                None if predictions.corners is None else predictions.corners[image],
+        results = []
+        for image, size in enumerate(images.image_sizes):
+            *detections, landmarks, landmark_scores = self.detect(
+                points, predictions, fine, image, size
             )
-            for image, size in enumerate(images.image_sizes)
-        ]
+            results.append(
+                make_instances(size, *detections, self.branches, landmarks, landmark_scores)
+            )
+        return results
 
-    def inference_single_image(
+    def detect(
         self,
         points: AnchorPoints,
-        scores: Tensor,
-        vectors: list[Tensor],
+        predictions: HeadOutput,
         fine: list[Tensor],
+        image: int,
         image_size: tuple[int, int],
-        corners: CornerOutput | None = None,
-    ) -> Instances:
-        """
+    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
+        """Detections of one image, in pixels of the network's input, not clipped to the image.
+
         Args:
-            scores: (A, K).
-            vectors: per branch (A, V + 1, 4) in cells.
-            fine: each (1, C, H, W), the feature maps that the third stage looks at.
+            fine: each (B, C, H, W), the feature maps that the third stage looks at.
+            image: its number in the batch.
             image_size: (height, width).
-            corners: (A, ...), to which boxes and extreme points are moved.
+
+        Returns:
+            Boxes (D, 4), scores (D,), classes (D,), and per branch landmarks (D, V, 2) and their
+            scores (D,); best first.
         """
+        scores = predictions.logits[image].float().sigmoid()
+        vectors = [vectors[image].float() for vectors in predictions.refine]
         kept = top_points(scores, points.per_level, self.test_topk_candidates)
         landmarks = [
             branch.decode(v[kept], points.xy[kept], points.strides[kept])
@@ -206,7 +218,8 @@ class LSNet(DenseDetector):
         ]
         boxes = self.branches[0].boxes(landmarks[0])
         boxes = clip_boxes(boxes, image_size)
-        if corners is not None:
+        if predictions.corners is not None:
+            corners = predictions.corners[image]
             boxes = snap_boxes(boxes, points.levels[kept], points, corners)
             boxes = clip_boxes(boxes, image_size)
             landmarks[0] = self.branches[0].moved_to_boxes(landmarks[0], boxes)
@@ -220,16 +233,20 @@ class LSNet(DenseDetector):
         boxes, landmarks = boxes[point], [x[point] for x in landmarks]
         landmark_scores = [scores for _ in self.branches]
         if self.polish is not None:
+            fine = [feature[image : image + 1] for feature in fine]
             landmarks, landmark_scores = self.polished(fine, landmarks, scores)
-            boxes, scores = self.branches[0].boxes(landmarks[0]), landmark_scores[0]
+            boxes = self.branches[0].boxes(landmarks[0])
             # An object found twice is now found twice at the same place.
-            kept = batched_nms(boxes, scores, classes, self.test_nms_thresh)
-            boxes, scores, classes = boxes[kept], scores[kept], classes[kept]
-            landmarks = [x[kept] for x in landmarks]
+            kept, classes, scores = select_detections(
+                boxes,
+                F.one_hot(classes, self.num_classes) * landmark_scores[0][:, None],
+                score_thresh=0.0,
+                nms_thresh=self.test_nms_thresh,
+                max_detections=self.max_detections_per_image,
+            )
+            boxes, landmarks = boxes[kept], [x[kept] for x in landmarks]
             landmark_scores = [x[kept] for x in landmark_scores]
-        return make_instances(
-            image_size, boxes, scores, classes, self.branches, landmarks, landmark_scores
-        )
+        return boxes, scores, classes, landmarks, landmark_scores
 
     def polished(
         self, fine: list[Tensor], landmarks: list[Tensor], scores: Tensor
@@ -244,7 +261,7 @@ class LSNet(DenseDetector):
         Returns:
             Per branch landmarks, and (D,) their scores.
         """
-        image = torch.zeros(len(scores), dtype=torch.long, device=scores.device)
+        image = torch.zeros_like(scores, dtype=torch.long)
         moved, moved_scores = [], []
         for branch, places in zip(self.branches, landmarks, strict=True):
             places, quality = self.polish[branch.name](fine, image, places)[-1]

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..layers.pyramid_sampling import expand_levels
+
 
 @dataclass
 class AnchorPoints:
@@ -31,8 +33,7 @@ class AnchorPoints:
     def levels(self) -> Tensor:
         """(A,) index of each point's level."""
         numbers = torch.arange(len(self.sizes), device=self.xy.device)
-        repeats = torch.tensor(self.per_level, device=self.xy.device)
-        return numbers.repeat_interleave(repeats)
+        return expand_levels(numbers, self.sizes)
 
 
 def make_anchor_points(
@@ -49,8 +50,7 @@ def make_anchor_points(
         x = torch.arange(width, dtype=torch.float32, device=device) * stride
         xy.append(torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).view(-1, 2))
     stride = torch.tensor(strides, dtype=torch.float32, device=device)
-    repeats = torch.tensor([len(level) for level in xy], device=device)
-    return AnchorPoints(torch.cat(xy), stride.repeat_interleave(repeats), sizes)
+    return AnchorPoints(torch.cat(xy), expand_levels(stride, sizes), sizes)
 
 
 def points_in_boxes(points: Tensor, boxes: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from detectron2.layers import batched_nms
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
-from .landmarks import LandmarkBranch
+from .landmarks import LandmarkBranch, clip_points
 
 
 def top_points(scores: Tensor, points_per_level: list[int], topk: int) -> Tensor:
@@ -21,8 +21,10 @@ def top_points(scores: Tensor, points_per_level: list[int], topk: int) -> Tensor
     best = scores.amax(dim=1)
     start, kept = 0, []
     for count in points_per_level:
-        if count > topk:
-            kept.append(best[start : start + count].topk(topk).indices + start)
+        # in a model that is exported, the counts are symbols
+        if torch.compiler.is_exporting() or count > topk:
+            of_level = best[start : start + count]
+            kept.append(of_level.topk(torch.sym_min(count, topk)).indices + start)
         else:
             kept.append(torch.arange(start, start + count, device=scores.device))
         start += count
@@ -31,8 +33,7 @@ def top_points(scores: Tensor, points_per_level: list[int], topk: int) -> Tensor
 
 def clip_boxes(boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
     """Limit boxes (..., 4) XYXY to an image of (height, width)."""
-    height, width = image_size
-    return torch.minimum(boxes.clamp(min=0), boxes.new_tensor([width, height, width, height]))
+    return clip_points(boxes.unflatten(-1, (2, 2)), image_size).flatten(-2)
 
 
 def select_detections(
@@ -52,10 +53,33 @@ def select_detections(
     Returns:
         point (D,), class (D,) and score (D,) of the detections, best first.
     """
+    if torch.compiler.is_exporting():
+        return selection_operator(boxes, scores, score_thresh, nms_thresh, max_detections)
     points, classes = torch.nonzero(scores > score_thresh, as_tuple=True)
     scores = scores[points, classes]
     keep = batched_nms(boxes[points], scores, classes, nms_thresh)[:max_detections]
     return points[keep], classes[keep], scores[keep]
+
+
+@torch.library.custom_op("lsnet_d2::select_detections", mutates_args=())
+def selection_operator(
+    boxes: Tensor, scores: Tensor, score_thresh: float, nms_thresh: float, max_detections: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`select_detections` as one operator: in an exported model it cannot be a loop."""
+    return select_detections(
+        boxes,
+        scores,
+        score_thresh=score_thresh,
+        nms_thresh=nms_thresh,
+        max_detections=max_detections,
+    )
+
+
+@selection_operator.register_fake
+def _(boxes, scores, score_thresh, nms_thresh, max_detections):
+    count = torch.library.get_ctx().new_dynamic_size()
+    indices = boxes.new_empty(count, dtype=torch.int64)
+    return indices, torch.empty_like(indices), scores.new_empty(count)
 
 
 def make_instances(

@@ -61,7 +61,7 @@ class TestExtremeBranch:
         assert branch.loss(vectors * 1.5, targets, anchors, torch.tensor([32.0])).item() > 0.3
 
     def test_predictions_are_clipped_and_rescaled(self):
-        instances = Instances((50, 100), scores=torch.tensor([0.7]))
+        instances = Instances((50, 100), scores=torch.tensor([0.7]), pred_classes=torch.tensor([0]))
         landmarks = torch.tensor([[[20.0, -5.0], [5.0, 30.0], [25.0, 60.0], [140.0, 28.0]]])
         branch = ExtremeBranch()
         branch.add_predictions(instances, landmarks, instances.scores)
@@ -170,7 +170,7 @@ class TestKeypointBranch:
 
     def test_predictions_are_rescaled_and_have_the_score_of_the_detection(self):
         branch = KeypointBranch(num_keypoints=2)
-        instances = Instances((50, 100), scores=torch.tensor([0.7]))
+        instances = Instances((50, 100), scores=torch.tensor([0.7]), pred_classes=torch.tensor([0]))
         branch.add_predictions(
             instances, torch.tensor([[[20.0, -5.0], [140.0, 28.0]]]), instances.scores
         )
@@ -224,7 +224,7 @@ class TestBuildBranches:
             )
         )
         assert (extreme.num_landmarks, contour.num_landmarks, keypoint.num_landmarks) == (4, 24, 13)
-        assert keypoint.loss_weights == {"init": 2.0, "refine": 2.0, "polish": 2.0}
+        assert keypoint.loss_weights == {"init": 2.0, "refine": 2.0, "polish": 0.5}
 
     def test_unlabelled_poses_need_boxes(self):
         with pytest.raises(ValueError, match="TRAIN_UNLABELLED_POSES"):
