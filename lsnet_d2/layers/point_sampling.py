@@ -1,5 +1,6 @@
 """Features at single places of images."""
 
+import torch
 from torch import Tensor
 
 from .bilinear import bilinear_corners
@@ -18,9 +19,13 @@ def sample_features(features: Tensor, stride: int, image: Tensor, points: Tensor
         (N, V, C).
     """
     images, channels, height, width = features.shape
-    x, y = (points.to(features.dtype) / stride).unbind(-1)
+    # Places in half precision would be off by pixels.
+    points = points.to(torch.promote_types(points.dtype, torch.float32))
+    x, y = (points / stride).unbind(-1)
     pixel, weight = bilinear_corners(y, x, height, width)
     rows = image.to(pixel.dtype)[:, None, None] * (height * width) + pixel
     table = features.permute(0, 2, 3, 1).reshape(-1, channels)
     index = RowIndex(rows.view(-1, 4), images * height * width)
-    return weighted_row_sum(table, index, weight.reshape(-1, 4)).view(*points.shape[:2], channels)
+    return weighted_row_sum(table, index, weight.reshape(-1, 4).to(table.dtype)).view(
+        *points.shape[:2], channels
+    )

@@ -117,6 +117,8 @@ class PyramidGrid:
         layout_of = _layout if torch.compiler.is_exporting() else _cached_layout
         layout = layout_of(tuple(sizes), reference_offsets, points.device)
 
+        # Places in half precision would be off by cells.
+        points = points.to(torch.promote_types(points.dtype, torch.float32))
         # A tap lies at cell * scale + tap * (scale - offset_scale) + point * offset_scale. The
         # middle term is zero but for the released code, which scales offsets *from the taps*.
         scale, offset_scale = (

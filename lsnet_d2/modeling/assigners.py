@@ -9,9 +9,10 @@ from torch import Tensor
 
 _NONE = -1
 _EPS_SIZE = 1e-6
-# Distances of all points from this many objects are in memory at once: 17 MB of the finest level of
-# an image of 800 x 1333.
-_OBJECTS_AT_ONCE = 256
+# Distances of all points from this many objects are in memory at once: 4 MB
+# of the finest level of an image of 800 x 1333.
+_OBJECTS_AT_ONCE = 64
+_BLOCK = 32
 
 
 def assign_nearest(
@@ -55,11 +56,14 @@ def assign_nearest(
         objects = torch.nonzero(gt_levels == stride_log2(stride)).squeeze(1)
         level = slice(start, start + count)
         for some in objects.split(_OBJECTS_AT_ONCE):
-            shift = (points[level] - gt_centers[some, None]) / gt_sizes[some, None]
-            distance = shift.norm(dim=2)
+            x, y = (
+                (points[level, i] - gt_centers[some, i, None]).div_(gt_sizes[some, i, None])
+                for i in range(2)
+            )
+            distance = x.square_().add_(y.square_()).sqrt_()
             if valid is not None:
                 distance[:, ~valid[level]] = torch.inf
-            distance, nearest = distance.topk(min(num_positives, count), dim=1, largest=False)
+            distance, nearest = _smallest(distance, min(num_positives, count))
             chosen.append((nearest + start).flatten())
             owners.append(some[:, None].expand_as(nearest).flatten())
             costs.append(distance.flatten())
@@ -143,11 +147,31 @@ def _nearest_on_each_level(
         distance += (centers[level, 1] - gt_centers[:, 1:]).square_()
         if valid is not None:
             distance[:, ~valid[level]] = torch.inf
-        distance, nearest = distance.topk(min(topk, count), dim=1, largest=False)
+        distance, nearest = _smallest(distance, min(topk, count))
         candidates.append(nearest + start)
         usable.append(distance.isfinite())
         start += count
     return torch.cat(candidates, dim=1), torch.cat(usable, dim=1)
+
+
+def _smallest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` smallest of each row of ``values`` (N, M), ascending, and where they are.
+
+    They lie in those ``count`` blocks of columns that have the smallest minima, so that most values
+    are looked at once. Many times faster than :func:`torch.topk` alone on a CPU.
+    """
+    blocks = values.shape[1] // _BLOCK
+    if blocks <= 2 * count:
+        return values.topk(count, dim=1, largest=False)
+    blocked = values[:, : blocks * _BLOCK].unflatten(1, (blocks, _BLOCK))
+    # in the order of their columns, so that of equal values the first is found
+    chosen = blocked.amin(dim=2).topk(count, dim=1, largest=False).indices.sort(dim=1).values
+    within = torch.arange(_BLOCK, device=values.device)
+    rest = torch.arange(blocks * _BLOCK, values.shape[1], device=values.device)
+    columns = (chosen[:, :, None] * _BLOCK + within).flatten(1)
+    columns = torch.cat([columns, rest.expand(len(values), -1)], dim=1)
+    smallest, index = values.gather(1, columns).topk(count, dim=1, largest=False)
+    return smallest, columns.gather(1, index)
 
 
 def stride_log2(stride: int) -> int:

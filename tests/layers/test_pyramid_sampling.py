@@ -111,3 +111,18 @@ def test_errors():
         PyramidGrid(points, SIZES[:2])
     with pytest.raises(ValueError, match="do not fill"):
         PyramidGrid(points[:, 1:], SIZES)
+
+
+def test_places_in_bfloat16_are_computed_in_float32():
+    """Cell 301 has no number of its own in bfloat16; a sample there must still come from it."""
+    sizes = [(2, 302), (1, 151), (1, 76)]
+    features = [torch.zeros(1, 4, *size) for size in sizes]
+    features[0][..., 301] = 1.0
+    points = torch.zeros(1, sum(h * w for h, w in sizes), 9, 2)
+    weight = torch.ones(1, 4, 3, 3)
+    exact, low = (
+        PyramidGrid(points.to(dtype), sizes).convolve(features, weight)[0, :604, 0].view(2, 302)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert exact[0, 301] == 36 and exact[0, 300] == 0
+    assert torch.equal(low, exact)
