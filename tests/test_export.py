@@ -46,7 +46,8 @@ FAST = ["plain towers"]
 def make_model(**lsnet):
     """A tiny model that finds much in anything, and landmarks far from one another."""
     model = tiny_model(PRIOR_PROB=0.2, NUM_CONVS=1, **lsnet).eval()
-    generator = torch.Generator().manual_seed(1)
+    # With other seeds a vector has equal components up to rounding, and points either way.
+    generator = torch.Generator().manual_seed(2)
     for name, parameter in model.named_parameters():
         if name.startswith(("head.", "polish.")):
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
@@ -89,6 +90,7 @@ def test_onnx_finds_what_the_model_finds(lsnet):
 def test_nothing_found():
     model = make_model(**MODELS["joint, polished"])
     image, black = noise(128, 160), torch.zeros(3, 128, 160, dtype=torch.uint8)
+    model.test_quality_share = 0.0  # the threshold is one of the class's score
     module = DetectingModule(model)
     with torch.no_grad():
         model.test_score_thresh = module(black)[1].max().item()
@@ -96,7 +98,7 @@ def test_nothing_found():
     assert len(expected[1]) > 0
     run = load_onnx(export_onnx(model, {}))
     shapes = [x.shape for x in run(black)]
-    assert shapes == [(0, 4), (0,), (0,), (0, 4, 2), (0, 36, 2), (0, 5, 3)]
+    assert shapes == [(0, 4), (0,), (0,), (0, 4, 2), (0, 36, 2), (0,), (0, 5, 3), (0,)]
     assert_same(model, run, image, at_least=1)
 
 

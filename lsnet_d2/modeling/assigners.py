@@ -9,9 +9,8 @@ from torch import Tensor
 
 _NONE = -1
 _EPS_SIZE = 1e-6
-# Distances of all points from this many objects are in memory at once: 4 MB
-# of the finest level of an image of 800 x 1333.
-_OBJECTS_AT_ONCE = 64
+# Distances that are in memory at once, of some objects to all points of a level: 4 MB.
+_DISTANCES_AT_ONCE = 1 << 20
 _BLOCK = 32
 
 
@@ -50,19 +49,18 @@ def assign_nearest(
     first, last = stride_log2(strides[0]), stride_log2(strides[-1])
     gt_levels = torch.log2(gt_sizes / base_scale).mean(dim=1).int().clamp(first, last)
 
+    places = _places(points, valid)
     chosen, owners, costs = [], [], []
     start = 0
     for stride, count in zip(strides, points_per_level, strict=True):
         objects = torch.nonzero(gt_levels == stride_log2(stride)).squeeze(1)
         level = slice(start, start + count)
-        for some in objects.split(_OBJECTS_AT_ONCE):
+        for some in objects.split(_at_once(count)):
             x, y = (
-                (points[level, i] - gt_centers[some, i, None]).div_(gt_sizes[some, i, None])
-                for i in range(2)
+                (place[level] - gt_centers[some, i, None]).div_(gt_sizes[some, i, None])
+                for i, place in enumerate(places)
             )
             distance = x.square_().add_(y.square_()).sqrt_()
-            if valid is not None:
-                distance[:, ~valid[level]] = torch.inf
             distance, nearest = _smallest(distance, min(num_positives, count))
             chosen.append((nearest + start).flatten())
             owners.append(some[:, None].expand_as(nearest).flatten())
@@ -103,11 +101,9 @@ def assign_atss(
     centers = (boxes[:, :2] + boxes[:, 2:]) / 2
     gt_centers = (gt_boxes[:, :2] + gt_boxes[:, 2:]) / 2
 
-    found = [
-        _nearest_on_each_level(centers, points_per_level, some, valid, topk)
-        for some in gt_centers.split(_OBJECTS_AT_ONCE)
-    ]
-    candidates, usable = (torch.cat(parts) for parts in zip(*found, strict=True))
+    candidates, usable = _nearest_on_each_level(
+        _places(centers, valid), points_per_level, gt_centers, topk
+    )
 
     iou = pairwise_iou_inverted(boxes[candidates], gt_boxes[:, None])  # (G, candidates)
     number = usable.sum(dim=1, keepdim=True)
@@ -129,25 +125,37 @@ def assign_atss(
     return assignment, quality
 
 
+def _places(points: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """x and y (A,) of points (A, 2). Those that may not be assigned are infinitely far away."""
+    if valid is not None:
+        points = points.masked_fill(~valid[:, None], torch.inf)
+    x, y = points.T.contiguous()
+    return x, y
+
+
+def _at_once(num_points: int) -> int:
+    """Objects whose distances to so many points are computed together."""
+    return max(_DISTANCES_AT_ONCE // max(num_points, 1), 1)
+
+
 def _nearest_on_each_level(
-    centers: Tensor,
-    points_per_level: list[int],
-    gt_centers: Tensor,
-    valid: Tensor | None,
-    topk: int,
+    places: tuple[Tensor, Tensor], points_per_level: list[int], gt_centers: Tensor, topk: int
 ) -> tuple[Tensor, Tensor]:
-    """Of each object the points (G, candidates) with the nearest centres, level by level, and
-    whether they are valid."""
+    """Of each object the nearest points (G, candidates), level by level, and whether they may be
+    assigned.
+
+    Args:
+        places: see :func:`_places`.
+    """
     candidates, usable = [], []
     start = 0
     for count in points_per_level:
         level = slice(start, start + count)
-        # one coordinate at a time, for the sake of memory
-        distance = (centers[level, 0] - gt_centers[:, :1]).square_()
-        distance += (centers[level, 1] - gt_centers[:, 1:]).square_()
-        if valid is not None:
-            distance[:, ~valid[level]] = torch.inf
-        distance, nearest = _smallest(distance, min(topk, count))
+        found = []
+        for some in gt_centers.split(_at_once(count)):
+            x, y = (place[level] - some[:, i, None] for i, place in enumerate(places))
+            found.append(_smallest(x.square_().add_(y.square_()), min(topk, count)))
+        distance, nearest = (torch.cat(portions) for portions in zip(*found, strict=True))
         candidates.append(nearest + start)
         usable.append(distance.isfinite())
         start += count

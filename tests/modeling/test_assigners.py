@@ -148,6 +148,6 @@ def test_objects_in_portions(monkeypatch):
 
     together = assign()
     assert (together[0] >= 0).sum() > 50 and (together[1] >= 0).sum() > 30
-    monkeypatch.setattr("lsnet_d2.modeling.assigners._OBJECTS_AT_ONCE", 7)
+    monkeypatch.setattr("lsnet_d2.modeling.assigners._DISTANCES_AT_ONCE", 1000)
     for ours, expected in zip(assign(), together, strict=True):
         assert torch.equal(ours, expected)
