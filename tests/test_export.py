@@ -60,8 +60,14 @@ def noise(height, width):
 
 
 @torch.no_grad()
-def assert_same(model, run, image, pixels=1e-3, scores=1e-4, at_least=5):
+def assert_same(model, run, image, places=1e-4, scores=1e-4, at_least=5):
+    """
+    Args:
+        places: how far they may be from one another, relative to the image's longer side. Rounding
+            grows on its way through random weights, on some processors more than on others.
+    """
     module = DetectingModule(model)
+    pixels = places * max(image.shape[1:])
     found = compare(module.output_names, module(image), run(image))
     assert found.count >= at_least and found.missing == 0
     for name, value in found.differences.items():
@@ -93,7 +99,7 @@ def test_nothing_found():
     model.test_quality_share = 0.0  # the threshold is one of the class's score
     module = DetectingModule(model)
     with torch.no_grad():
-        model.test_score_thresh = module(black)[1].max().item()
+        model.test_score_thresh = 1.001 * module(black)[1].max().item()
         expected = module(image)
     assert len(expected[1]) > 0
     run = load_onnx(export_onnx(model, {}))

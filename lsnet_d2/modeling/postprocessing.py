@@ -21,10 +21,11 @@ def top_points(scores: Tensor, points_per_level: list[int], topk: int) -> Tensor
     best = scores.amax(dim=1)
     start, kept = 0, []
     for count in points_per_level:
-        # in a model that is exported, the counts are symbols
-        if torch.compiler.is_exporting() or count > topk:
+        exporting = torch.compiler.is_exporting()  # counts are symbols
+        if exporting or count > topk:
             of_level = best[start : start + count]
-            kept.append(of_level.topk(torch.sym_min(count, topk)).indices + start)
+            limit = torch.sym_min(count, topk) if exporting else topk
+            kept.append(of_level.topk(limit).indices + start)
         else:
             kept.append(torch.arange(start, start + count, device=scores.device))
         start += count

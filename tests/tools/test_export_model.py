@@ -76,14 +76,14 @@ def test_commands_of_the_page(folder):
 
     result = run(folder, *exports[0])
     assert result.returncode == 0, result.stderr
-    sizes = re.findall(r"(\d+) x (\d+): (\d+) detections", result.stderr)
+    sizes = re.findall(r"(\d+) x (\d+): (\d+) detections", result.stdout)
     assert [size[:2] for size in sizes] == [("213", "160"), ("160", "213"), ("266", "200")]
     assert all(int(count) > 5 for _, _, count in sizes)
     predict_without_torch(folder, predictions[0])
 
     result = run(folder, *exports[1])
     assert result.returncode == 0, result.stderr
-    assert "160 x 241: 20 detections" in result.stderr
+    assert "160 x 241: 20 detections" in result.stdout
 
     result = run(folder, *exports[2])
     assert result.returncode == 0, result.stderr
