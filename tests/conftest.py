@@ -25,12 +25,27 @@ def pytest_addoption(parser):
         action="store_true",
         help="run all comparisons with the released code and tabulate them in docs/parity.md",
     )
+    parser.addoption(
+        "--device",
+        default="cpu",
+        help="on which the tests run that compare whole models; some others need 'cuda'",
+    )
 
 
 def pytest_configure(config):
     if config.getoption("--parity-report"):
         page = config.rootpath / "docs" / "parity.md"
         config.pluginmanager.register(ParityReport(page), "parity-report")
+
+
+@pytest.fixture(scope="session")
+def device(request):
+    """On which whole models are compared."""
+    device = torch.device(request.config.getoption("--device"))
+    if device.type == "cuda":
+        # Convolutions with ten bits of mantissa, the default, are no test of parity.
+        torch.backends.cudnn.allow_tf32 = False
+    return device
 
 
 @pytest.fixture

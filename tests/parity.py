@@ -60,7 +60,7 @@ def _load(file: str) -> dict[str, np.ndarray]:
 
 def relative_difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest absolute difference, relative to the largest absolute expected value."""
-    actual, expected = actual.detach().double(), expected.double()
+    actual, expected = actual.detach().cpu().double(), expected.double()
     if expected.numel() == 0:
         assert actual.shape == expected.shape, (actual.shape, expected.shape)
         return 0.0
@@ -134,6 +134,8 @@ class Parity:
 
 def _arrays(*values) -> list[np.ndarray]:
     """In double precision where they are numbers."""
-    arrays = [v.detach().numpy() if isinstance(v, torch.Tensor) else np.asarray(v) for v in values]
+    arrays = [
+        v.detach().cpu().numpy() if isinstance(v, torch.Tensor) else np.asarray(v) for v in values
+    ]
     assert len({a.shape for a in arrays}) == 1, [a.shape for a in arrays]
     return [a.astype(np.float64) if a.dtype.kind == "f" else a for a in arrays]

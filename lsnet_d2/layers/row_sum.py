@@ -123,10 +123,13 @@ class _WeightedRowSum(torch.autograd.Function):
         grad = grad.contiguous()
         grad_weights = None
         if ctx.needs_input_grad[2]:
+            rows = table.detach()
+            if rows.dtype is torch.bfloat16:  # for which CUDA has no kernel of this gradient
+                rows = rows.float()
             with torch.enable_grad():
                 leaf = weights.detach().requires_grad_()
-                out = _sum_rows(table.detach(), ctx.index, leaf.to(table.dtype))
-            (grad_weights,) = torch.autograd.grad(out, leaf, grad)
+                out = _sum_rows(rows, ctx.index, leaf.to(rows.dtype))
+            (grad_weights,) = torch.autograd.grad(out, leaf, grad.to(out.dtype))
         if not table.requires_grad:
             return None, None, grad_weights, *(None for _ in inputs)
         order, sums, starts = ctx.index.transposed

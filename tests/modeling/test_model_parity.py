@@ -48,7 +48,10 @@ class Case:
     names: dict
 
     def read_inputs(self, run):
-        return read_inputs(self.name, run)
+        inputs, images, recorded = read_inputs(self.name, run)
+        for x in inputs:
+            x["instances"] = x["instances"].to(self.model.device)
+        return inputs, images, recorded
 
 
 # Features are recorded once for each backbone.
@@ -61,13 +64,13 @@ def with_slow(names):
 
 
 @pytest.fixture(scope="module", params=with_slow(CONFIG_FILES))
-def case(request):
-    return build_case(request.param)
+def case(request, device):
+    return build_case(request.param, device)
 
 
 @pytest.fixture(scope="module", params=with_slow(BACKBONES))
-def backbone_case(request):
-    return build_case(request.param)
+def backbone_case(request, device):
+    return build_case(request.param, device)
 
 
 @pytest.fixture
@@ -102,11 +105,11 @@ def is_infinite(case, run):
     return case.name == "bbox_cpv_r50" and run == "empty2"
 
 
-def build_case(name):
+def build_case(name, device):
     cfg = get_cfg()
     add_lsnet_config(cfg)
     cfg.merge_from_file(CONFIGS / CONFIG_FILES[name])
-    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.DEVICE = str(device)
     cfg.MODEL.LSNET.REFERENCE_OFFSETS = True
     cfg.MODEL.LSNET.IGNORE_CROWD = False
     model = build_model(cfg)
@@ -162,7 +165,7 @@ def assert_map(parity, quantity, actual, recorded, key):
     """Compare a map (B, C, H, W) at the positions that were stored."""
     assert list(actual.shape[-2:]) == recorded[f"{key}.hw"].tolist(), key
     if f"{key}.pos" in recorded:
-        actual = actual.flatten(2)[:, :, recorded[f"{key}.pos"].long()]
+        actual = actual.flatten(2)[:, :, recorded[f"{key}.pos"].long().to(actual.device)]
     parity.absolute(quantity, actual, recorded[key], within=1e-3, about=key)
 
 
@@ -232,9 +235,9 @@ def test_assignments(parity, case, run):
         for i in range(2):
             expected = recorded[f"refine_proposals_{i}"]
             parity.to_largest("boxes of initial vectors", boxes[i], expected, within=1e-5)
-            expected = recorded[f"assign_{stage}_{i}"].long()
+            expected = recorded[f"assign_{stage}_{i}"].long().to(valid.device)
             assert torch.equal(valid[i], expected >= 0), (stage, i)
-            numbers = torch.cat([present[i] + 1, torch.zeros(1, dtype=torch.int64)])
+            numbers = torch.cat([present[i] + 1, present[i].new_zeros(1)])
             actual = numbers[assigned[i]].masked_fill(~valid[i], -1)  # -1, none, is the last
             parity.equal(f"assigned points, {stage} stage", actual, expected, about=f"image {i}")
 
@@ -333,6 +336,7 @@ def test_detections(parity, case, run, variant):
         images, _, predictions, points = run_model(model, inputs, VARIANTS[variant])
         results = model.inference(points, predictions, [], images)
     for i, result in enumerate(results):
+        result = result.to("cpu")
         expected = recorded.under(f"{variant}.det_{i}")
         field = model.branches[-1].pred_field
         assert_detections(parity, "detections", result, field, expected)
@@ -418,7 +422,7 @@ def test_augmentation(parity, case, monkeypatch):
     field = model.branches[-1].pred_field
     mapper = RecordedAugmentation()
     with torch.no_grad():
-        found = [model([x], do_postprocess=False)[0] for x in mapper.inputs]
+        found = [model([x], do_postprocess=False)[0].to("cpu") for x in mapper.inputs]
     for k, instances in enumerate(found):
         expected = recorded.under(f"aug_det_{k}")
         assert_detections(parity, "augmented detections", instances, field, expected, exchanged=0)
@@ -440,7 +444,7 @@ def test_augmentation(parity, case, monkeypatch):
     for instances, x in zip(found, mapper.inputs, strict=True):
         chosen = boxes_in_range(instances.pred_boxes, *x["size_range"])
         counts += torch.bincount(instances.pred_classes[chosen], minlength=len(counts))
-    result = output["instances"]
+    result = output["instances"].to("cpu")
     alone = counts[result.pred_classes] == 1
     assert not torch.isin(result.pred_classes[alone], recorded["labels"]).any()
     assert_detections(parity, "merged detections", result[~alone], field, recorded, exchanged=0)
