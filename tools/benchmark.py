@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""LSNet's speed and memory on the CPU, beside a straight port of it and Detectron2's own models.
+"""LSNet's speed and memory, beside a straight port of it and Detectron2's own models.
 
 Every measurement has a process of its own, and the models take turns over several rounds. A table,
 a chart and all figures are written to the output folder. What is measured, and how to read it:
@@ -57,12 +57,13 @@ def measure(settings: dict, kind: str, name: str) -> dict:
     command = [sys.executable, str(MEASURE), kind, name, "--settings", json.dumps(settings)]
     threads = {f"{library}_NUM_THREADS": str(settings["threads"]) for library in ("OMP", "MKL")}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if settings["device"] == "cpu" else {}
     process = subprocess.run(
         command,
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env={**os.environ, **threads, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, **threads, **hidden, "PYTHONPATH": path},
     )
     title = MODELS.get(name, name)
     if process.returncode:
@@ -72,7 +73,7 @@ def measure(settings: dict, kind: str, name: str) -> dict:
 
 
 def run_rounds(settings: dict, run: Measure = measure) -> list[dict[str, dict]]:
-    """The figures of each round, by model; under "data" those of data and evaluation."""
+    """The figures of each round, by model; on the CPU under "data" those of data and evaluation."""
     rounds = []
     for number in range(1, settings["rounds"] + 1):
         figures: dict[str, dict] = {name: {} for name in settings["models"]}
@@ -80,8 +81,9 @@ def run_rounds(settings: dict, run: Measure = measure) -> list[dict[str, dict]]:
             for name in settings["models"]:
                 say(f"round {number} of {settings['rounds']}: {kind}, {MODELS[name]}")
                 figures[name] |= run(settings, kind, name)
-        say(f"round {number} of {settings['rounds']}: data")
-        figures["data"] = run(settings, "data", "data")
+        if settings["device"] == "cpu":
+            say(f"round {number} of {settings['rounds']}: data")
+            figures["data"] = run(settings, "data", "data")
         rounds.append(figures)
     return rounds
 
@@ -110,7 +112,7 @@ def ratios(figures: dict[str, dict]) -> dict[str, float]:
             for metric in METRICS:
                 value = figures[name][metric] / figures[other][metric]
                 found[f"{metric}{suffix}/{other}"] = value
-    for ours, other in DATA_RATIOS:
+    for ours, other in DATA_RATIOS if "data" in figures else ():
         found[f"{ours}/{other}"] = figures["data"][ours] / figures["data"][other]
     return dict(sorted(found.items()))
 
@@ -119,7 +121,7 @@ def summarize(rounds: list[dict[str, dict]]) -> dict:
     """Medians over rounds. A ratio is the median of each round's: what slows down a whole round
     does not count."""
     summary = medians(rounds)
-    data = summary.pop("data")
+    data = summary.pop("data", {})
     return {"models": summary, "data": data, "ratios": medians([ratios(r) for r in rounds])}
 
 
@@ -133,21 +135,21 @@ def tables(summary: dict) -> str:
     ]
     for name, row in models.items():
         lines.append(
-            f"| {MODELS[name]} | {row['inference']:.2f} | {row['images_per_second']:.2f} | "
-            f"{row['train_step']:.2f} | {row['train_memory'] / 1e6:.0f} | {row['detections']:.0f} |"
+            f"| {MODELS[name]} | {row['inference']:.3g} | {row['images_per_second']:.3g} | "
+            f"{row['train_step']:.3g} | {row['train_memory'] / 1e6:.0f} | {row['detections']:.0f} |"
         )
     staged = {name: row["stages"] for name, row in models.items() if "stages" in row}
     if staged:
         stages = next(iter(staged.values()))
         lines += ["", f"| seconds of | {' | '.join(stages)} |", "| --- " * (len(stages) + 1) + "|"]
         for name, row in staged.items():
-            cells = " | ".join(f"{value:.3f}" for value in row.values())
+            cells = " | ".join(f"{value:.4f}" for value in row.values())
             lines.append(f"| {MODELS[name]} | {cells} |")
-    data = dict(summary["data"])
-    targets_memory = data.pop("targets_memory")
-    lines += ["", "| data and evaluation | ms |", "| --- | --- |"]
-    lines += [f"| {name} | {1000 * value:.1f} |" for name, value in data.items()]
-    lines += ["", f"Targets of 1,000 objects take at most {targets_memory / 1e6:.0f} MB more."]
+    if data := dict(summary["data"]):
+        targets_memory = data.pop("targets_memory")
+        lines += ["", "| data and evaluation | ms |", "| --- | --- |"]
+        lines += [f"| {name} | {1000 * value:.1f} |" for name, value in data.items()]
+        lines += ["", f"Targets of 1,000 objects take at most {targets_memory / 1e6:.0f} MB more."]
     lines += ["", "| ratio | |", "| --- | --- |"]
     lines += [f"| {name} | {value:.2f} |" for name, value in summary["ratios"].items()]
     return "\n".join(lines) + "\n"
@@ -168,7 +170,7 @@ def draw_chart(summary: dict, path: Path, caption: str) -> None:
     figure, axes = plt.subplots(1, len(panels), figsize=(12, 1 + 0.4 * len(models)), sharey=True)
     for axis, (metric, (label, unit)) in zip(axes, panels.items(), strict=True):
         values = [row[metric] / unit for row in models.values()]
-        axis.bar_label(axis.barh(titles, values, color=colours), fmt="%.2f", padding=2)
+        axis.bar_label(axis.barh(titles, values, color=colours), fmt="%.3g", padding=2)
         axis.set_xlabel(label)
         axis.margins(x=0.15)
         axis.spines[["top", "right"]].set_visible(False)
@@ -180,7 +182,7 @@ def draw_chart(summary: dict, path: Path, caption: str) -> None:
     plt.close(figure)
 
 
-def machine() -> dict:
+def machine(device: str) -> dict:
     """What the figures depend on besides the settings."""
     import torch
 
@@ -189,8 +191,10 @@ def machine() -> dict:
         for line in Path("/proc/cpuinfo").read_text().splitlines()
         if line.startswith("model name")
     ]
+    cpu = names[0] if names else platform.machine()
     return {
-        "cpu": names[0] if names else platform.machine(),
+        "cpu": cpu,
+        "device": cpu if device == "cpu" else torch.cuda.get_device_name(device),
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0],
         "python": platform.python_version(),
@@ -205,7 +209,8 @@ def write_report(output: Path, settings: dict, host: dict, rounds: list[dict]) -
     train_height, train_width = settings["train_size"]
     caption = (
         f"{width} x {height}; training {settings['train_batch']} of {train_width} x "
-        f"{train_height}; {host['cpu']}, {settings['threads']} threads, torch {host['torch']}"
+        f"{train_height}; {settings['precision']}; {host['device']}, "
+        f"{settings['threads']} threads, torch {host['torch']}"
     )
     text = f"{tables(summary)}\n{caption}. {time.strftime('%Y-%m-%d')}.\n"
     content = {"settings": settings, "machine": host, **summary, "rounds": rounds}
@@ -224,6 +229,10 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--rounds", type=int, default=3, help="in which the models take turns")
     parser.add_argument("--repeats", type=int, default=3, help="of what is timed, in each process")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda")
+    parser.add_argument(
+        "--precision", choices=["float32", "float16", "bfloat16"], default="float32"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--size", default=[800, 1216], help="of images to detect in", **pair)
     parser.add_argument("--batch", type=int, default=4, help="images, for images a second")
@@ -251,7 +260,7 @@ def main() -> None:
     output = make_folder(settings.pop("output"))
     settings["config_file"] = os.path.abspath(settings["config_file"])
     check_settings(settings)
-    host = machine()
+    host = machine(settings["device"])
     if host["load"] > 0.5:
         say(f"the load of this machine is {host['load']:.1f}: figures will be of little worth")
     print(write_report(output, settings, host, run_rounds(settings)))

@@ -12,7 +12,7 @@ import torch
 from detectron2 import model_zoo
 from detectron2.data import DatasetMapper
 from detectron2.evaluation.coco_evaluation import COCOevalMaxDets
-from gauges import memory, reset_peak_memory, seconds
+from gauges import CPU, PeakMemory, seconds
 from inputs import crowd, dataset_dicts, ellipses, evaluated
 from pycocotools import mask as mask_util
 
@@ -94,10 +94,9 @@ def targets(repeats: int) -> dict[str, float]:
     for number in (FEW, MANY):
         boxes = crowd(number, height, width)
         assign(boxes)
-        reset_peak_memory()
-        before = memory("VmRSS")
+        peak = PeakMemory(CPU)
         result[f"targets_{number}"] = seconds(lambda b=boxes: assign(b), 5 * repeats)
-        result["targets_memory"] = memory("VmHWM") - before
+        result["targets_memory"] = peak.growth()
     return result
 
 

@@ -27,8 +27,10 @@ _SCATTER = 1.0
 _LENGTH = 2.0
 
 
-def build(name: str, config_file: str, image: dict, *, seed: int = 0) -> nn.Module:
-    """A model of :data:`DETECTORS` on the CPU, for inference.
+def build(
+    name: str, config_file: str, image: dict, *, device: str = "cpu", seed: int = 0
+) -> nn.Module:
+    """A model of :data:`DETECTORS` for inference.
 
     Weights are random, and three things are set so that there is as much to do as in a trained
     model: where LSNet samples (:func:`scatter`), the statistics of the backbone's batch norms, and
@@ -38,10 +40,11 @@ def build(name: str, config_file: str, image: dict, *, seed: int = 0) -> nn.Modu
     Args:
         config_file: of an LSNet; the others are Detectron2's own.
         image: an input of the model.
+        device: of the model.
         seed: of the weights.
     """
     torch.manual_seed(seed)
-    model = DETECTORS[name](config_file).eval()
+    model = DETECTORS[name](config_file).eval().to(device)
     set_statistics(model, image)
     limit_detections(model, image)
     return model

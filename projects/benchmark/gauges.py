@@ -1,4 +1,4 @@
-"""Time and memory of this process."""
+"""Time and memory of this process, or of its GPU."""
 
 import ctypes
 import statistics
@@ -6,15 +6,47 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 
-def seconds(function: Callable[[], object], repeats: int) -> float:
+CPU = torch.device("cpu")
+
+
+def now(device: torch.device) -> float:
+    """Seconds on a clock, when the device has done what it was told to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def seconds(function: Callable[[], object], repeats: int, device: torch.device = CPU) -> float:
     """Median time of a call."""
     times = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = now(device)
         function()
-        times.append(time.perf_counter() - start)
+        times.append(now(device) - start)
     return statistics.median(times)
+
+
+class PeakMemory:
+    """By how many bytes memory grows at most, from the making of this object on.
+
+    That of the process on a CPU, of PyTorch's tensors on a GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self.before = torch.cuda.memory_allocated(device)
+        else:
+            reset_peak_memory()
+            self.before = memory("VmRSS")
+
+    def growth(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) - self.before
+        return memory("VmHWM") - self.before
 
 
 def memory(field: str) -> int:

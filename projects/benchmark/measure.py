@@ -5,9 +5,9 @@ left in caches and in memory would count in the next.
 """
 
 import argparse
+import contextlib
 import json
 import statistics
-import time
 from collections import defaultdict
 
 import cv2
@@ -15,7 +15,7 @@ import torch
 from data_side import data
 from detectors import DETECTORS, build
 from detectron2.utils.events import EventStorage
-from gauges import memory, reset_peak_memory, seconds
+from gauges import CPU, PeakMemory, now, seconds
 from inputs import model_inputs
 from torch import nn
 
@@ -24,47 +24,66 @@ from lsnet_d2.modeling.blocks import Tower
 from lsnet_d2.modeling.head import SampledPredictor
 
 
+def precision(args: argparse.Namespace) -> contextlib.AbstractContextManager:
+    """In which convolutions and matrix products are computed."""
+    if args.precision == "float32":
+        return contextlib.nullcontext()
+    device = torch.device(args.device).type
+    return torch.autocast(device, dtype=getattr(torch, args.precision))
+
+
 @torch.inference_mode()
 def inference(name: str, args: argparse.Namespace) -> dict:
     """Latency of an image, images a second in a batch, and for LSNet what its stages take."""
+    device = torch.device(args.device)
     inputs = model_inputs(args.batch, *args.size)
-    model = build(name, args.config_file, inputs[0])
+    model = build(name, args.config_file, inputs[0], device=device)
+    with precision(args):
+        return timed_inference(model, inputs, args.repeats, device)
+
+
+def timed_inference(
+    model: nn.Module, inputs: list[dict], repeats: int, device: torch.device
+) -> dict:
     detections = len(model(inputs[:1])[0]["instances"])
     if isinstance(model, LSNet):
-        passes = [stages(model, inputs[:1]) for _ in range(args.repeats)]
+        passes = [stages(model, inputs[:1], device) for _ in range(repeats)]
         result = {
             "inference": statistics.median(sum(times.values()) for times in passes),
             "stages": {name: statistics.median(t[name] for t in passes) for name in passes[0]},
         }
     else:
-        result = {"inference": seconds(lambda: model(inputs[:1]), args.repeats)}
-    images_per_second = len(inputs) / seconds(lambda: model(inputs), 1)
+        result = {"inference": seconds(lambda: model(inputs[:1]), repeats, device)}
+    if device.type == "cuda":  # which chooses algorithms for each size of a batch
+        model(inputs)
+    images_per_second = len(inputs) / seconds(lambda: model(inputs), 1, device)
     return {**result, "images_per_second": images_per_second, "detections": detections}
 
 
 def training(name: str, args: argparse.Namespace) -> dict:
     """Time of a step, and how far the process's memory grows beyond the model's own."""
+    device = torch.device(args.device)
     inputs = model_inputs(args.train_batch, *args.train_size)
-    model = build(name, args.config_file, inputs[0]).train()
+    model = build(name, args.config_file, inputs[0], device=device).train()
     # Without a learning rate the update costs the same, and every step does the same work.
     optimizer = torch.optim.SGD(
         [p for p in model.parameters() if p.requires_grad], lr=0.0, momentum=0.9
     )
 
     def step() -> None:
-        loss = sum(model(inputs).values())
+        with precision(args):
+            loss = sum(model(inputs).values())
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss.item()}")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
-    reset_peak_memory()
-    before = memory("VmRSS")
+    peak = PeakMemory(device)
     with EventStorage():
         step()
-        time_of_step = seconds(step, args.repeats)
-    return {"train_step": time_of_step, "train_memory": memory("VmHWM") - before}
+        time_of_step = seconds(step, args.repeats, device)
+    return {"train_step": time_of_step, "train_memory": peak.growth()}
 
 
 class StageClock:
@@ -74,17 +93,18 @@ class StageClock:
         times: seconds by name, summed over calls.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.times: dict[str, float] = defaultdict(float)
         self._starts: dict[nn.Module, float] = {}
         self._hooks = []
 
     def watch(self, name: str, module: nn.Module) -> None:
         def start(module: nn.Module, _inputs: tuple) -> None:
-            self._starts[module] = time.perf_counter()
+            self._starts[module] = now(self.device)
 
         def end(module: nn.Module, _inputs: tuple, _output: object) -> None:
-            self.times[name] += time.perf_counter() - self._starts.pop(module)
+            self.times[name] += now(self.device) - self._starts.pop(module)
 
         self._hooks += [
             module.register_forward_pre_hook(start),
@@ -96,14 +116,14 @@ class StageClock:
             hook.remove()
 
 
-def stages(model: LSNet, inputs: list[dict]) -> dict[str, float]:
+def stages(model: LSNet, inputs: list[dict], device: torch.device = CPU) -> dict[str, float]:
     """Seconds of the parts of a forward pass, which add up to the whole.
 
     "backbone" with its pyramid; "towers"; "init": the first vectors; "sampling": making the grid
     and sampling on three levels; "prediction": from samples to classes and refined vectors;
     "postprocessing": all else, from scores to instances, and normalising the image.
     """
-    clock = StageClock()
+    clock = StageClock(device)
     for name, module in (("model", model), ("backbone", model.backbone), ("head", model.head)):
         clock.watch(name, module)
     for module in model.head.modules():

@@ -30,6 +30,8 @@ SETTINGS = {
     "batch": 2,
     "train_size": [32, 48],
     "train_batch": 2,
+    "device": "cpu",
+    "precision": "float32",
     "config_file": "lsnet.yaml",
 }
 
@@ -110,7 +112,7 @@ def test_models_that_were_left_out_have_no_ratios(fake):
 
 
 def test_report(fake, tmp_path):
-    host = {"cpu": "Abacus", "torch": "2"}
+    host = {"device": "Abacus", "torch": "2"}
     text = tool.write_report(tmp_path, SETTINGS, host, tool.run_rounds(SETTINGS, fake))
     content = json.loads((tmp_path / "bench.json").read_text())
     assert set(content) == {"settings", "machine", "models", "data", "ratios", "rounds"}
@@ -119,11 +121,11 @@ def test_report(fake, tmp_path):
     assert len(content["rounds"]) == 3
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "bench.md").read_text() == text
-    assert "| RetinaNet | 4.00 | 0.25 | 12.00 | 4000 | 100 |" in text
-    assert "| LSNet | 1.000 | 1.000 |" in text
+    assert "| RetinaNet | 4 | 0.25 | 12 | 4000 | 100 |" in text
+    assert "| LSNet | 1.0000 | 1.0000 |" in text
     assert "| inference/straight_port | 0.25 |" in text
     assert "Targets of 1,000 objects take at most 200 MB more." in text
-    assert "96 x 64; training 2 of 48 x 32; Abacus, 2 threads, torch 2" in text
+    assert "96 x 64; training 2 of 48 x 32; float32; Abacus, 2 threads, torch 2" in text
 
 
 def test_the_command(fake, tmp_path, monkeypatch, capsys):
@@ -146,6 +148,16 @@ def test_numbers_are_checked(flag, tmp_path, monkeypatch, capsys):
     assert f"{flag}: must be 1 or more, not 0" in capsys.readouterr().err
 
 
+def test_data_are_measured_on_the_cpu_alone(fake):
+    settings = {**SETTINGS, "rounds": 1, "device": "cuda"}
+    rounds = tool.run_rounds(settings, fake)
+    assert ("data", "data") not in fake.calls
+    summary = tool.summarize(rounds)
+    assert summary["ratios"]["inference/retinanet"] == 0.5
+    assert not summary["ratios"].keys() & {"rle/bitmaps", "targets_1000/targets_10"}
+    assert "data and evaluation" not in tool.tables(summary)
+
+
 def test_every_model_has_a_name():
     assert list(tool.MODELS) == list(detectors.DETECTORS)
 
@@ -154,7 +166,7 @@ def test_a_failing_process_names_its_model():
     with pytest.raises(
         UserError, match="Mask R-CNN, inference: ended with status 1: AttributeError"
     ):
-        tool.measure({"threads": 1}, "inference", "mask_rcnn")  # settings are missing
+        tool.measure({"threads": 1, "device": "cpu"}, "inference", "mask_rcnn")  # some are missing
 
 
 def test_a_process_that_is_killed_names_its_model(monkeypatch):

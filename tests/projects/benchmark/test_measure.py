@@ -21,6 +21,8 @@ def settings(tmp_path):
         batch=2,
         train_size=[64, 64],
         train_batch=2,
+        device="cpu",
+        precision="float32",
     )
 
 
@@ -115,6 +117,6 @@ class TestTraining:
             def forward(self, _):
                 return {"loss": self.weight.sum() * float("nan")}
 
-        monkeypatch.setattr(measure, "build", lambda *_: Broken(1, 1))
+        monkeypatch.setattr(measure, "build", lambda *_, **__: Broken(1, 1))
         with pytest.raises(FloatingPointError, match="the loss is nan"):
             measure.training("lsnet", settings)
