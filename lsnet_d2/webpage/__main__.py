@@ -81,6 +81,7 @@ def make_server(app: "Flask", host: str, port: int, limits: Limits) -> "BaseWSGI
             host=host,
             port=port,
             ident=None,
+            threads=8,  # a browser asks for six things at once
             max_request_body_size=limits.bytes + 1,  # what it refuses is not read
             inbuf_overflow=limits.bytes + 2,  # more would go to a temporary file
             outbuf_overflow=1 << 30,  # the same
@@ -109,7 +110,7 @@ def main(arguments: list[str] | None = None) -> None:
 
         from .app import create_app, is_loopback
     except ModuleNotFoundError as error:
-        raise UserError(f"the page needs {error.name}: pip install 'lsnet_d2[web]'") from error
+        raise UserError(f"{error.name} is missing: pip install -e '.[web]'") from error
     from .examples import find_examples
 
     setup_logger(name="lsnet_d2")

@@ -58,6 +58,12 @@ def test_what_is_wrong_is_said_in_one_line(capsys, birds, arguments, message):
     assert code == 2 and message in err and "Traceback" not in err
 
 
+def test_a_package_that_is_missing_is_named(capsys, birds, monkeypatch):
+    monkeypatch.setitem(sys.modules, "waitress", None)
+    code, err = fails(capsys, "--config-file", birds / "config.yaml")
+    assert (code, err) == (2, "error: waitress is missing: pip install -e '.[web]'\n")
+
+
 def test_a_port_in_use():
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
