@@ -17,7 +17,7 @@ from lsnet_d2.webpage.answer import Limits
 from lsnet_d2.webpage.app import create_app
 from lsnet_d2.webpage.examples import find_examples
 
-CHROMIUM = shutil.which("chromium")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 CHROMEDRIVER = shutil.which("chromedriver")
 
 pytestmark = [
