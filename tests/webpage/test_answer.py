@@ -150,7 +150,7 @@ def test_nothing_is_written_to_the_disk(tmp_path, monkeypatch):
 
 def test_too_narrow_for_the_model_is_said_by_name(predictor):
     with pytest.raises(ImageError, match="^two.png: too narrow to be resized"):
-        ask(encode(grey(1, 2000)), predict=predictor)
+        ask(encode(grey(1, 5000)), predict=predictor)
 
 
 @pytest.mark.parametrize(
