@@ -93,7 +93,8 @@ function draw() {
   }
   for (const object of objects) drawObject(object, parts, unit);
   if (parts.has("label")) {
-    for (const object of objects) drawLabel(object, unit); // on top of all
+    const taken = [];
+    for (const object of objects) drawLabel(object, unit, taken); // on top of all
   }
   fillTable(objects);
 }
@@ -141,16 +142,26 @@ function drawSkeleton(group, { geometry, properties }, color, unit) {
   }
 }
 
-function drawLabel({ index, label, score, box, color }, unit) {
+// A line higher or lower where another label is in the way.
+function drawLabel({ index, label, score, box, color }, unit, taken) {
   const size = LABEL_SIZE * unit;
   const text = add(picture, "text", {
-    "data-object": index, x: box[0], y: Math.max(box[1] - 0.35 * size, size), fill: color, stroke: "#000", "stroke-width": 0.28 * size,
+    "data-object": index, fill: lighter(color), stroke: "#000", "stroke-width": 0.28 * size,
     "stroke-linejoin": "round", "paint-order": "stroke", "font-size": size, "font-weight": "bold",
     "font-family": "sans-serif",
   });
   text.textContent = `${label} ${Math.round(score * 100)} %`;
-  const room = answer.width - text.getComputedTextLength() - 2 * unit;
-  if (box[0] > room) text.setAttribute("x", Math.max(room, 0));
+  const width = text.getComputedTextLength();
+  const x = Math.max(Math.min(box[0], answer.width - width - 2 * unit), 0);
+  const lines = [0, -1, 1, -2, 2, -3, 3].map((line) => box[1] + (1.15 * line - 0.35) * size);
+  const inside = lines.map((y) => Math.min(Math.max(y, size), answer.height - 0.3 * size));
+  const isFree = (y) => taken.every((other) => (
+    x > other.x + other.width || other.x > x + width || Math.abs(y - other.y) > size
+  ));
+  const y = inside.find(isFree) ?? inside[0];
+  taken.push({ x, y, width });
+  text.setAttribute("x", x);
+  text.setAttribute("y", y);
 }
 
 function fillTable(objects) {
@@ -183,6 +194,10 @@ function fillTable(objects) {
 }
 
 const color = (index) => settings.palette[index % settings.palette.length];
+// A hexadecimal colour half way to white, to be read on anything.
+const lighter = (hex) => `#${[1, 3, 5].map((at) => (
+  Math.round((parseInt(hex.slice(at, at + 2), 16) + 255) / 2).toString(16).padStart(2, "0")
+)).join("")}`;
 const toPath = (points) => `M${points.map((point) => point.join(",")).join("L")}Z`;
 const middle = (points) => [0, 1].map((axis) => points.reduce((sum, point) => sum + point[axis], 0) / points.length);
 
