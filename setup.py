@@ -38,6 +38,9 @@ INSTALL_REQUIRES = [
 # deformable convolution on the CPU.
 EXPORT = ["onnx>=1.23", "onnxscript>=0.7.2", "onnxruntime>=1.23"]
 
+# lsnet-demo, the page to try a model on.
+WEB = ["flask>=3.1", "waitress>=3.0"]
+
 setup(
     name="lsnet_d2",
     version="0.1.0",
@@ -45,16 +48,21 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["lsnet_d2", "lsnet_d2.*"]),
+    package_data={"lsnet_d2.webpage": ["static/*", "templates/*"]},
     install_requires=INSTALL_REQUIRES,
+    entry_points={"console_scripts": ["lsnet-demo = lsnet_d2.webpage.__main__:main"]},
     extras_require={
         "dev": [
             *EXPORT,
+            *WEB,
             "hypothesis>=6.168",
             "pre-commit>=4.6",
             "pytest>=9.2",
             "ruff==0.17.6",
             "scikit-image>=0.25",  # photos
+            "selenium>=4.51",  # drives a Chromium, if there is one
         ],
         "export": EXPORT,
+        "web": WEB,
     },
 )

@@ -140,7 +140,10 @@ class LSNetPredictor:
 
     def _read(self, image: ImageLike, number: int) -> dict:
         """What the model takes. ``number`` is that of the image in its list."""
-        name = os.fspath(image) if isinstance(image, (str, os.PathLike)) else f"image {number}"
+        if isinstance(image, (str, os.PathLike)):
+            name = os.fspath(image)
+        else:  # PIL's images of files know their names
+            name = getattr(image, "filename", "") or f"image {number}"
         pixels = load_image(image, self.cfg.INPUT.FORMAT, array_format=self.array_format, name=name)
         height, width = pixels.shape[:2]
         resized = self.resize(pixels, name)

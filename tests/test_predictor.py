@@ -183,6 +183,11 @@ def test_errors(folder):
     for opts in ((), ("TEST.AUG.ENABLED", "True", "TEST.AUG.MAX_SIZE", "1333")):
         with pytest.raises(ImageError, match="strip.png: too narrow to be resized: its 5000 x 1"):
             predictor(folder, *opts)(folder / "strip.png")
+    with (
+        Image.open(folder / "strip.png") as image,
+        pytest.raises(ImageError, match="strip.png: too narrow"),
+    ):
+        predict(image)
     with pytest.raises(TypeError, match="image 0 is of type Tensor; it must be a path"):
         predict(torch.zeros(3, 4, 5))
     with pytest.raises(CheckpointError, match="MODEL.WEIGHTS is empty"):

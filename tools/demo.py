@@ -20,13 +20,12 @@ from tqdm import tqdm
 
 from lsnet_d2 import LSNetPredictor
 from lsnet_d2.config_file import load_config
-from lsnet_d2.data.images import ImageError, ImageLike
+from lsnet_d2.data.images import IMAGE_SUFFIXES, ImageError, ImageLike
 from lsnet_d2.drawing import CONTOUR_STYLES
 from lsnet_d2.errors import UserError, exit_on_user_error
 from lsnet_d2.files import atomic_write, make_folder
 from lsnet_d2.tracking import Tracker
 
-IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 WRITTEN_SUFFIXES = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
 WINDOW = "LSNet"
 

@@ -1,20 +1,24 @@
 """Images from files and from memory, with errors that name them."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import BinaryIO
 
 import detectron2.data.transforms as T
 import numpy as np
 from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.utils.file_io import PathManager
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from ..errors import UserError
 
 # What PIL raises over damaged files.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 _TURNED = (5, 6, 7, 8)  # orientations in EXIF data that exchange width and height
+
+# How the names of files end that are taken for images in a folder.
+IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 ImageLike = str | os.PathLike | np.ndarray | Image.Image
 
@@ -85,7 +89,32 @@ def _open_image(file_name: str) -> Iterator[Image.Image]:
     except FileNotFoundError as error:
         raise ImageError(f"{file_name}: no such image file") from error
     except _DAMAGE as error:
-        raise ImageError(f"{file_name}: not a complete image file: {error}") from error
+        raise ImageError(f"{file_name}: not a complete image file: {_reason(error)}") from error
+
+
+def open_image(file: BinaryIO, name: str, *, formats: Sequence[str] | None = None) -> Image.Image:
+    """Open an image file that is in memory: size and kind are known, the pixels not read yet.
+
+    Args:
+        file: must stay open until they are.
+        name: of the image, for messages; it becomes ``filename`` of the result.
+        formats: the kinds that are tried, as PIL calls them; None: all.
+
+    Raises:
+        ImageError: it is no image of these kinds. A truncated one is found when it is read.
+    """
+    try:
+        image = Image.open(file, formats=formats)
+    except _DAMAGE as error:
+        raise ImageError(f"{name}: not a complete image file: {_reason(error)}") from error
+    image.filename = name
+    return image
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):  # names a Python object
+        return "it begins like no kind of image that is known"
+    return str(error)
 
 
 def convert_image(

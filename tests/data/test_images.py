@@ -1,3 +1,5 @@
+import io
+
 import detectron2.data.transforms as T
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from lsnet_d2.data.images import (
     NamedAugInput,
     convert_image,
     load_image,
+    open_image,
     read_image,
     read_image_size,
 )
@@ -145,6 +148,17 @@ def test_images_of_pil_are_what_files_of_them_are(tmp_path, mode):
 def test_images_in_memory_that_are_refused(pixels, message):
     with pytest.raises(ImageError, match=f"^frame 7: .*{message}"):
         convert_image(pixels, "BGR", name="frame 7")
+
+
+def test_files_that_are_in_memory():
+    file = io.BytesIO()
+    Image.fromarray(GRADIENT).save(file, "PNG")
+    with open_image(file, "frame.png") as image:
+        assert (image.filename, image.size) == ("frame.png", (20, 12))
+        np.testing.assert_array_equal(convert_image(image, "RGB")[:, :, 0], GRADIENT)
+    for data in (b"", b"no image", file.getvalue()):
+        with pytest.raises(ImageError, match="^frame 7: not a complete image file: it begins like"):
+            open_image(io.BytesIO(data), "frame 7", formats=["JPEG"])
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
