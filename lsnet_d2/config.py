@@ -55,9 +55,12 @@ def add_lsnet_config(cfg: CN) -> None:
     # Anchor points of each object, taken at random from those of the refine stage, that it learns
     # from: they see nearly the same. 0: all.
     cfg.MODEL.LSNET.POLISH_POSITIVES = 0
+    # Points of the background of an image, those that look most like objects, that also teach it
+    # what is none.
+    cfg.MODEL.LSNET.POLISH_DECOYS = 12
 
-    # It also predicts how good its landmarks are. Scores of detections are the class's to the power
-    # of 1 - share, times the predicted quality to the power of this share.
+    # It also predicts how good its landmarks are, as those of each class. Scores of detections are
+    # the class's to the power of 1 - share, times the predicted quality to the power of this share.
     cfg.MODEL.LSNET.QUALITY_SHARE_TEST = 0.3
 
     # --- targets and losses

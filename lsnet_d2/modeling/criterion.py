@@ -4,7 +4,7 @@ Letters: B images, A anchor points of all levels together, G objects, K classes,
 branch, N positives.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -21,74 +21,11 @@ from .distributed import mean_over_workers
 from .head import HeadOutput
 from .landmarks import LandmarkBranch, LandmarkTargets
 from .points import AnchorPoints, points_in_boxes
+from .polish_criterion import PolishCriterion
+from .samples import BranchSamples, GroundTruth, Matches
 
 # The landmark losses are computed in units of this many cells (released code: point_base_scale).
 _BASE_SCALE = 4
-
-
-@dataclass
-class GroundTruth:
-    """What a batch has to teach.
-
-    Attributes:
-        targets: per branch and image.
-        classes: per image (G,).
-        valid: (B, A) bool, points on the image and on its own padding.
-        ignored: (B, A) bool, points in regions that are neither object nor background.
-    """
-
-    targets: list[list[LandmarkTargets]]
-    classes: list[Tensor]
-    valid: Tensor
-    ignored: Tensor
-
-
-@dataclass
-class Positives:
-    """Anchor points that learn an object, N of them.
-
-    Attributes:
-        image, point: (N,) where they are.
-        object: (N,) what they learn, counted through all images.
-    """
-
-    image: Tensor
-    point: Tensor
-    object: Tensor
-
-    def __getitem__(self, index: Tensor) -> "Positives":
-        return Positives(self.image[index], self.point[index], self.object[index])
-
-    def __len__(self) -> int:
-        return len(self.image)
-
-
-@dataclass
-class BranchSamples:
-    """What one branch predicts in one stage where it has something to learn, and what that is.
-
-    Attributes:
-        branch: whose landmarks they are.
-        vectors: (N, V + 1, 4) in cells.
-        positives: N points with objects from which the branch learns.
-        targets: of the objects of all images.
-        normalizer: scalar, what the loss is divided by.
-    """
-
-    branch: LandmarkBranch
-    vectors: Tensor
-    positives: Positives
-    targets: LandmarkTargets
-    normalizer: Tensor
-
-
-def few_of_each(values: Tensor, count: int) -> Tensor:
-    """Indices of at most ``count`` elements of each value in ``values`` (N,), chosen at random."""
-    order = torch.randperm(len(values), device=values.device)
-    order = order[values[order].argsort(stable=True)]
-    ordered = values[order]
-    rank = torch.arange(len(values), device=values.device) - torch.searchsorted(ordered, ordered)
-    return order[rank < count]
 
 
 class Criterion:
@@ -107,10 +44,9 @@ class Criterion:
         focal_loss_gamma: float = 2.0,
         init_positives: int = 1,
         atss_topk: int = 9,
-        polish_positives: int = 0,
-        quality_loss_weight: float = 1.0,
         ignore_crowd: bool = True,
         corners: CornerCriterion | None = None,
+        polish: PolishCriterion | None = None,
     ) -> None:
         """
         Args:
@@ -120,12 +56,10 @@ class Criterion:
             num_classes: K.
             init_positives: anchor points that each object takes in the init stage.
             atss_topk: candidates per level and object in the refine stage.
-            polish_positives: anchor points of each object that teach the third stage; 0: all those
-                of the refine stage.
-            quality_loss_weight: of what the third stage predicts of the quality of its landmarks.
             ignore_crowd: leave points inside ``ignore_boxes``, and inside objects without what the
                 first branch learns, out of the losses of classes and of corner verification.
             corners: the losses of corner verification, if there is any.
+            polish: the losses of the third stage, if there is one.
         """
         self.branches = branches
         self.strides = strides
@@ -136,10 +70,9 @@ class Criterion:
         self.focal_loss_gamma = focal_loss_gamma
         self.init_positives = init_positives
         self.atss_topk = atss_topk
-        self.polish_positives = polish_positives
-        self.quality_loss_weight = quality_loss_weight
         self.ignore_crowd = ignore_crowd
         self.corners = corners
+        self.polish = polish
 
     @classmethod
     def from_config(
@@ -159,10 +92,9 @@ class Criterion:
             "focal_loss_gamma": cfg.MODEL.LSNET.FOCAL_LOSS_GAMMA,
             "init_positives": cfg.MODEL.LSNET.INIT_POSITIVES,
             "atss_topk": cfg.MODEL.LSNET.ATSS_TOPK,
-            "polish_positives": cfg.MODEL.LSNET.POLISH_POSITIVES,
-            "quality_loss_weight": cfg.MODEL.LSNET.QUALITY_LOSS_WEIGHT,
             "ignore_crowd": cfg.MODEL.LSNET.IGNORE_CROWD,
             "corners": CornerCriterion(cfg) if cfg.MODEL.LSNET.CPV else None,
+            "polish": PolishCriterion(cfg) if cfg.MODEL.LSNET.POLISH_IN_FEATURES else None,
         }
 
     def __call__(
@@ -202,9 +134,9 @@ class Criterion:
                 loss = branch.loss_weights[stage] * self.landmark_loss(points, found)
                 losses[f"loss_{branch.name}_{stage}"] = loss / found.normalizer
                 samples.append(found)
-        # The third stage goes on from what the refine stage found.
-        for found in samples if polish is not None else ():
-            losses |= self.polish_losses(points, found, polish[found.branch.name], fine)
+        if self.polish is not None:
+            background = (assigned < 0) & truth.valid & ~truth.ignored
+            losses |= self.polish(points, predictions, samples, background, truth, polish, fine)
         if self.corners is not None:
             losses |= self.corners(
                 points,
@@ -304,7 +236,7 @@ class Criterion:
         return torch.stack(init), torch.stack(refine)
 
     @staticmethod
-    def positives(assigned: Tensor, num_objects: list[int]) -> Positives:
+    def positives(assigned: Tensor, num_objects: list[int]) -> Matches:
         """
         Args:
             assigned: (B, A), objects counted in each image, or -1.
@@ -313,10 +245,10 @@ class Criterion:
         image, point = torch.nonzero(assigned >= 0, as_tuple=True)
         counts = torch.tensor(num_objects, device=assigned.device)
         first = counts.cumsum(0) - counts
-        return Positives(image, point, first[image] + assigned[image, point])
+        return Matches(image, point, first[image] + assigned[image, point])
 
     def normalizers(
-        self, positives: Positives, targets: list[LandmarkTargets], num_images: int
+        self, positives: Matches, targets: list[LandmarkTargets], num_images: int
     ) -> Tensor:
         """What the losses of a stage are divided by, averaged over workers.
 
@@ -365,48 +297,3 @@ class Criterion:
             _BASE_SCALE * stride,
         )
         return loss.sum()
-
-    @staticmethod
-    def thinned(samples: BranchSamples, count: int) -> BranchSamples:
-        """At most ``count`` samples of each object, chosen at random."""
-        kept = few_of_each(samples.positives.object, count)
-        total = mean_over_workers(kept.new_tensor(len(kept), dtype=torch.float32))
-        return replace(
-            samples,
-            vectors=samples.vectors[kept],
-            positives=samples.positives[kept],
-            normalizer=total.clamp(min=1 / comm.get_world_size()),
-        )
-
-    def polish_losses(
-        self,
-        points: AnchorPoints,
-        samples: BranchSamples,
-        polish: nn.Module,
-        fine: list[Tensor],
-    ) -> dict[str, Tensor]:
-        """Losses of a branch in the third stage, with their weights: means over its steps.
-
-        Each step takes the landmarks of the refine stage, or of the step before, without their
-        gradient. What it says of their quality is learned from what it makes of them.
-        """
-        if self.polish_positives:
-            samples = self.thinned(samples, self.polish_positives)
-        branch, positives = samples.branch, samples.positives
-        anchors, stride = points.xy[positives.point], points.strides[positives.point]
-        targets = samples.targets[positives.object]
-        landmarks = branch.decode(samples.vectors.detach(), anchors, stride)
-        displacement, quality = [], []
-        for moved, predicted in polish(fine, positives.image, landmarks):
-            displacement.append(branch.displacement_loss(moved, targets).sum())
-            reached = branch.quality(moved.detach(), targets)
-            quality.append(
-                F.binary_cross_entropy_with_logits(predicted.float(), reached, reduction="sum")
-            )
-        return {
-            f"loss_{branch.name}_{name}": weight * torch.stack(losses).mean() / samples.normalizer
-            for name, weight, losses in (
-                ("polish", branch.loss_weights["polish"], displacement),
-                ("quality", self.quality_loss_weight, quality),
-            )
-        }

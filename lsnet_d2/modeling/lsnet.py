@@ -234,7 +234,7 @@ class LSNet(DenseDetector):
         landmark_scores = [scores for _ in self.branches]
         if self.polish is not None:
             fine = [feature[image : image + 1] for feature in fine]
-            landmarks, landmark_scores = self.polished(fine, landmarks, scores)
+            landmarks, landmark_scores = self.polished(fine, landmarks, scores, classes)
             boxes = self.branches[0].boxes(landmarks[0])
             # An object found twice is now found twice at the same place.
             kept, classes, scores = select_detections(
@@ -249,14 +249,14 @@ class LSNet(DenseDetector):
         return boxes, scores, classes, landmarks, landmark_scores
 
     def polished(
-        self, fine: list[Tensor], landmarks: list[Tensor], scores: Tensor
+        self, fine: list[Tensor], landmarks: list[Tensor], scores: Tensor, classes: Tensor
     ) -> tuple[list[Tensor], list[Tensor]]:
         """What the third stage makes of the D detections of an image.
 
         Args:
             fine: each (1, C, H, W), the feature maps that it looks at.
             landmarks: per branch (D, V, 2).
-            scores: (D,), of the classes.
+            scores, classes: (D,).
 
         Returns:
             Per branch landmarks, and (D,) their scores.
@@ -265,7 +265,7 @@ class LSNet(DenseDetector):
         moved, moved_scores = [], []
         for branch, places in zip(self.branches, landmarks, strict=True):
             places, quality = self.polish[branch.name](fine, image, places)[-1]
-            quality = quality.float().sigmoid()
+            quality = quality.float().sigmoid().gather(1, classes[:, None])[:, 0]
             moved.append(places)
             moved_scores.append(
                 scores ** (1 - self.test_quality_share) * quality**self.test_quality_share

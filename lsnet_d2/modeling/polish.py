@@ -5,11 +5,11 @@ nine places. Here each landmark is a token: the features under it, where it is i
 which one it is. Self-attention (arXiv 1706.03762) lets the tokens of an object agree, and each then
 says how far it moves. That is done in steps with weights of their own: the better the landmarks
 are, the more the features under them say (as in Deep Snake, arXiv 2001.01629). Together the tokens
-say how good the landmarks are now, for the score of the detection (as in Mask Scoring R-CNN, arXiv
-1903.00241). Since it runs on the positives of training and on final detections alone, it costs
-little.
+say how good the landmarks are now, for each class that the object may be of, for the score of the
+detection (as in Mask Scoring R-CNN, arXiv 1903.00241, and like the second look that R-CNNs have).
+Since it runs on a few points of training and on final detections alone, it costs little.
 
-Letters: N points, V landmarks, C channels.
+Letters: N points, V landmarks, C channels, K classes.
 """
 
 from collections.abc import Mapping
@@ -20,9 +20,11 @@ from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
 from ..layers import sample_features
+from .blocks import set_prior
 from .landmarks import DISPLACEMENT_UNIT, LandmarkBranch
 
 _HEADS = 4
+_QUALITY_BEFORE_TRAINING = 0.2
 
 
 class PolishStep(nn.Module):
@@ -33,6 +35,7 @@ class PolishStep(nn.Module):
         num_landmarks: int,
         in_channels: int,
         strides: list[int],
+        num_classes: int,
         *,
         channels: int = 64,
         num_layers: int = 2,
@@ -42,6 +45,7 @@ class PolishStep(nn.Module):
             num_landmarks: V.
             in_channels: of all feature maps together.
             strides: of the feature maps.
+            num_classes: K.
             channels: width of the tokens, a multiple of 4.
             num_layers: of self-attention.
         """
@@ -56,7 +60,8 @@ class PolishStep(nn.Module):
         self.layers = nn.TransformerEncoder(layer, num_layers, enable_nested_tensor=False)
         self.norm = nn.LayerNorm(channels)
         self.out = nn.Linear(channels, 2)
-        self.quality = nn.Linear(channels, 1)
+        self.quality = nn.Linear(channels, num_classes)
+        set_prior(self.quality, _QUALITY_BEFORE_TRAINING)
         # At first nothing moves.
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
@@ -71,7 +76,8 @@ class PolishStep(nn.Module):
             landmarks: (N, V, 2) in pixels of the network's input.
 
         Returns:
-            The moved landmarks (N, V, 2), and their quality (N,) as logits; see
+            The moved landmarks (N, V, 2), and their quality (N, K) as logits: that of
+            landmarks of an object of each class, 0 if it is of another; see
             :meth:`.LandmarkBranch.quality`.
         """
         low, high = landmarks.amin(dim=1), landmarks.amax(dim=1)
@@ -87,23 +93,29 @@ class PolishStep(nn.Module):
         tokens = self.appearance(sampled) + self.place(place.to(sampled)) + self.identity
         tokens = self.norm(self.layers(tokens))
         moves = DISPLACEMENT_UNIT * size * self.out(tokens).to(landmarks)
-        return landmarks + moves, self.quality(tokens.mean(dim=1))[:, 0]
+        return landmarks + moves, self.quality(tokens.mean(dim=1))
 
 
 class LandmarkPolish(nn.Module):
     """Moves the landmarks of one branch, step by step."""
 
     def __init__(
-        self, num_landmarks: int, in_channels: int, strides: list[int], *, num_steps: int = 1
+        self,
+        num_landmarks: int,
+        in_channels: int,
+        strides: list[int],
+        num_classes: int,
+        *,
+        num_steps: int = 1,
     ) -> None:
         """
         Args:
-            num_landmarks, in_channels, strides: see :class:`PolishStep`.
+            num_landmarks, in_channels, strides, num_classes: see :class:`PolishStep`.
             num_steps: at least 1.
         """
         super().__init__()
         self.steps = nn.ModuleList(
-            PolishStep(num_landmarks, in_channels, strides) for _ in range(num_steps)
+            PolishStep(num_landmarks, in_channels, strides, num_classes) for _ in range(num_steps)
         )
 
     def forward(
@@ -134,8 +146,8 @@ def build_polish(
         shapes: of the backbone's features.
 
     Raises:
-        ValueError: the backbone has no such feature, there is no step, the number of positives is
-            negative, or the share of the quality is none; the message names the key.
+        ValueError: the backbone has no such feature, there is no step, or the share of the
+            quality is none; the message names the key.
     """
     names = list(cfg.MODEL.LSNET.POLISH_IN_FEATURES)
     if not names:
@@ -152,17 +164,16 @@ def build_polish(
             f"MODEL.LSNET.QUALITY_SHARE_TEST is {cfg.MODEL.LSNET.QUALITY_SHARE_TEST}; it must be "
             "from 0 to 1"
         )
-    if cfg.MODEL.LSNET.POLISH_POSITIVES < 0:
-        raise ValueError(
-            f"MODEL.LSNET.POLISH_POSITIVES is {cfg.MODEL.LSNET.POLISH_POSITIVES}; it must be "
-            "positive, or 0 for all"
-        )
     channels = sum(shapes[name].channels for name in names)
     strides = [shapes[name].stride for name in names]
     return nn.ModuleDict(
         {
             branch.name: LandmarkPolish(
-                branch.num_landmarks, channels, strides, num_steps=num_steps
+                branch.num_landmarks,
+                channels,
+                strides,
+                cfg.MODEL.LSNET.NUM_CLASSES,
+                num_steps=num_steps,
             )
             for branch in branches
         }

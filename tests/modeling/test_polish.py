@@ -28,19 +28,19 @@ def losses_of(model, inputs):
 
 
 def test_nothing_moves_at_first():
-    polish = PolishStep(5, 8, [4])
+    polish = PolishStep(5, 8, [4], 3)
     landmarks = torch.rand(3, 5, 2) * 30
     features, image = [torch.randn(2, 8, 10, 10)], torch.tensor([0, 1, 1])
     moved, quality = polish(features, image, landmarks)
     torch.testing.assert_close(moved, landmarks)
-    assert quality.shape == (3,)
+    assert quality.shape == (3, 3)
     moved, quality = polish(features, image[:0], landmarks[:0])
-    assert moved.shape == (0, 5, 2) and quality.shape == (0,)
+    assert moved.shape == (0, 5, 2) and quality.shape == (0, 3)
 
 
 def test_moves_are_relative_to_the_size_of_the_object():
     torch.manual_seed(0)
-    polish = PolishStep(5, 8, [4]).eval()
+    polish = PolishStep(5, 8, [4], 3).eval()
     torch.nn.init.normal_(polish.out.weight)
     features, image = [torch.ones(1, 8, 100, 100)], torch.tensor([0, 0])
     landmarks = torch.rand(1, 5, 2) * 30 + 60
@@ -51,7 +51,7 @@ def test_moves_are_relative_to_the_size_of_the_object():
 
 
 def test_each_step_starts_from_the_one_before():
-    polish = LandmarkPolish(5, 8, [4], num_steps=3).eval()
+    polish = LandmarkPolish(5, 8, [4], 3, num_steps=3).eval()
     features, image = [torch.ones(1, 8, 100, 100)], torch.tensor([0])
     landmarks = torch.rand(1, 5, 2) * 30 + 60
     for step in polish.steps:
@@ -87,6 +87,7 @@ def test_images_without_objects_keep_all_parameters_in_the_graph():
     model = polished_model().train()
     losses = losses_of(model, [make_input([], [])])
     assert losses["loss_segm_polish"] == losses["loss_pose_polish"] == 0
+    assert losses["loss_segm_quality"] > 0  # of decoys
     sum(losses.values()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
@@ -103,7 +104,8 @@ def test_weights_of_the_losses(loss):
 
 def test_few_positives_teach_what_all_of_them_do():
     def values(**keys):
-        losses = losses_of(polished_model(**keys).train(), [make_input(BOXES[:1], [0])])
+        model = polished_model(POLISH_DECOYS=0, **keys).train()
+        losses = losses_of(model, [make_input(BOXES[:1], [0])])
         return {name: loss.item() for name, loss in losses.items()}
 
     every = values()
@@ -139,16 +141,15 @@ def test_unknown_features_are_named():
         tiny_model(POLISH_IN_FEATURES=["p2"])
     with pytest.raises(ValueError, match="POLISH_STEPS is 0"):
         polished_model(POLISH_STEPS=0)
-    with pytest.raises(ValueError, match="POLISH_POSITIVES is -1"):
-        polished_model(POLISH_POSITIVES=-1)
 
 
 def test_scores_join_class_and_quality():
     model = detecting_model(NMS_THRESH_TEST=1.0)
+    of_class = torch.tensor([1.0, 0.9, 0.8])
     for branch, quality in (("bbox", 0.5), ("segm", 0.25), ("pose", 0.125)):
         (step,) = model.polish[branch].steps
         torch.nn.init.zeros_(step.quality.weight)
-        step.quality.bias.data.fill_(torch.logit(torch.tensor(quality)))
+        step.quality.bias.data.copy_(torch.logit(quality * of_class))
     inputs = [make_input(BOXES, [0, 1, 2])]
 
     def detect(share):
@@ -159,8 +160,11 @@ def test_scores_join_class_and_quality():
     plain, joined = detect(0.0), detect(0.3)
     assert len(plain) == len(joined) > 10
     assert torch.equal(plain.contour_scores, plain.scores)
+    # sorted, since their order is another one
     for field, quality in (("scores", 0.5), ("contour_scores", 0.25), ("pose_scores", 0.125)):
-        torch.testing.assert_close(joined.get(field), plain.get(field) ** 0.7 * quality**0.3)
+        told = quality * of_class[plain.pred_classes]
+        expected = plain.get(field) ** 0.7 * told**0.3
+        torch.testing.assert_close(joined.get(field).sort().values, expected.sort().values)
 
 
 def test_detections_that_meet_are_one():
@@ -169,7 +173,7 @@ def test_detections_that_meet_are_one():
 
     class Meeting(torch.nn.Module):
         def forward(self, features, image, landmarks):
-            return [(landmarks[:1].expand_as(landmarks), torch.zeros(len(landmarks)))]
+            return [(landmarks[:1].expand_as(landmarks), torch.zeros(len(landmarks), 3))]
 
     with torch.no_grad():
         for name in model.polish:

@@ -1,0 +1,181 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lsnet_d2.modeling.branches import ExtremeBranch
+from lsnet_d2.modeling.head import HeadOutput
+from lsnet_d2.modeling.landmarks import LandmarkTargets
+from lsnet_d2.modeling.points import make_anchor_points
+from lsnet_d2.modeling.polish_criterion import PolishCriterion, few_of_each, few_samples
+from lsnet_d2.modeling.samples import BranchSamples, GroundTruth, Matches
+from lsnet_d2.modeling.vectors import encode_vectors
+
+
+@given(st.lists(st.integers(0, 5), max_size=40), st.integers(1, 9))
+def test_few_of_each_value(values, count):
+    values = torch.tensor(values, dtype=torch.int64)
+    kept = few_of_each(values, count)
+    assert len(set(kept.tolist())) == len(kept)
+    for value in values.unique():
+        assert (values[kept] == value).sum() == min((values == value).sum(), count)
+
+
+def test_few_of_each_value_at_random():
+    torch.manual_seed(0)
+    values = torch.tensor([7, 3, 7, 7, 3, 7])
+    chosen = torch.stack([few_of_each(values, 1).sort().values for _ in range(1000)])
+    counts = torch.bincount(chosen.flatten(), minlength=6)
+    assert (counts[values == 7] - 250).abs().max() < 60
+    assert (counts[values == 3] - 500).abs().max() < 70
+
+
+def test_thinned_samples_stay_together():
+    objects = torch.tensor([0, 0, 2, 0, 2, 1])
+    places = torch.arange(6)
+    samples = BranchSamples(
+        branch=ExtremeBranch(),
+        vectors=places[:, None, None].expand(6, 5, 4),
+        positives=Matches(image=places + 10, point=places + 20, object=objects),
+        targets=None,
+        normalizer=torch.tensor(6.0),
+    )
+    few = few_samples(samples, 2)
+    kept = few.vectors[:, 0, 0]
+    assert torch.equal(few.positives.image, kept + 10)
+    assert torch.equal(few.positives.point, kept + 20)
+    assert few.positives.object.sort().values.tolist() == [0, 0, 1, 2, 2]
+    assert few.normalizer == 5
+
+
+class TestLosses:
+    """Two positives learn one object; a decoy is taken for it, another one for none."""
+
+    def setup_method(self):
+        self.branch = ExtremeBranch(polish_weight=3.0)
+        self.points = make_anchor_points([(8, 8)], [8], torch.device("cpu"))
+        self.landmarks = torch.tensor([[[10.0, 0.0], [0.0, 20.0], [20.0, 40.0], [30.0, 10.0]]])
+        self.start = self.landmarks + torch.tensor([0.0, 5.0])
+        self.samples = BranchSamples(
+            branch=self.branch,
+            vectors=self.vectors(torch.tensor([9, 12])),
+            positives=matches([9, 12], [0, 0]),
+            targets=LandmarkTargets.make(self.landmarks, self.branch.boxes(self.landmarks)),
+            normalizer=torch.tensor(2.0),
+        )
+
+    def vectors(self, point):
+        ends = torch.cat([self.start, torch.zeros(1, 1, 2)], dim=1)
+        return encode_vectors(ends - self.points.xy[point][:, None], self.branch.alpha) / 8
+
+    def losses(self, decoys, polish):
+        return PolishCriterion(quality_loss_weight=2.0).branch_losses(
+            self.points,
+            self.samples,
+            decoys,
+            self.vectors(decoys.point),
+            torch.tensor([1]),
+            polish,
+            [],
+        )
+
+    def test_places(self):
+        """The second step puts one of the positives right."""
+
+        def polish(fine, image, found):
+            torch.testing.assert_close(found, self.start.expand(4, 4, 2))
+            moved = torch.cat([self.landmarks, found[1:]])
+            return [(found, torch.zeros(4, 3)), (moved, torch.zeros(4, 3))]
+
+        losses = self.losses(matches([10, 20], [0, -1]), polish)
+        # 5 pixels are a unit: top and bottom are off across their sides, left and right along them
+        wrong = (1 + 1 + 0.25 + 0.25) / 4
+        mean_of_steps = (2 * wrong + wrong) / 2
+        assert losses["loss_bbox_polish"].item() == pytest.approx(3 * mean_of_steps / 2)
+        # a logit of 0 loses ln 2, whatever the quality is: for two positives, two decoys, 3 classes
+        assert losses["loss_bbox_quality"].item() == pytest.approx(2 * 4 * 3 * math.log(2) / 2)
+
+    def test_quality(self):
+        """It is 1 for who is right, the IOU for the decoy, 0 for other classes and no object."""
+        iou = 35 / 45
+        quality = torch.zeros(4, 3)
+        quality[:, 1] = torch.tensor([1, iou, iou, 0])
+
+        def loss(told):
+            logits = told.clamp(1e-4, 1 - 1e-4).logit().requires_grad_()
+            moved = torch.cat([self.landmarks, self.start.expand(3, 4, 2)])
+            found = self.losses(matches([10, 20], [0, -1]), lambda *_: [(moved, logits)])
+            return found["loss_bbox_quality"].item()
+
+        least = loss(quality)
+        for sample in range(4):
+            for of_class in range(3):
+                for change in (-0.1, 0.1):
+                    other = quality.clone()
+                    other[sample, of_class] += change
+                    if 0 <= other[sample, of_class] <= 1:
+                        assert loss(other) > least + 1e-3
+
+    def test_no_objects(self):
+        self.samples.positives = matches([], [])
+        self.samples.vectors = self.samples.vectors[:0]
+        self.samples.targets = self.samples.targets[torch.tensor([], dtype=torch.int64)]
+        step = torch.nn.Linear(2, 3)
+
+        def polish(fine, image, found):
+            return [(found, step(found.mean(dim=1)))]
+
+        losses = self.losses(matches([10, 20], [-1, -1]), polish)
+        assert losses["loss_bbox_polish"] == 0
+        assert losses["loss_bbox_quality"] > 0
+
+
+def matches(points, objects):
+    points, objects = torch.tensor(points).long(), torch.tensor(objects).long()
+    return Matches(torch.zeros_like(points), points, objects)
+
+
+class TestDecoys:
+    def find(self, count):
+        """In two images of 16 points with boxes of a cell: objects in the second alone."""
+        points = make_anchor_points([(4, 4)], [8], torch.device("cpu"))
+        branch = ExtremeBranch()
+        scores = torch.zeros(2, 16, 2)
+        scores[0, 3, 0], scores[0, 8, 1] = 3, 2
+        scores[1, 5, 1], scores[1, 0, 0], scores[1, 15, 0], scores[1, 6, 0] = 4, 3, 2, 1
+        background = torch.ones(2, 16, dtype=torch.bool)
+        background[1, 5] = False
+        offsets = torch.tensor([[0, -0.5], [-0.5, 0], [0, 0.5], [0.5, 0], [0, 0]])
+        vectors = encode_vectors(offsets).expand(2, 16, 5, 4)
+        boxes = torch.tensor([[-4.0, -4, 5, 5], [20.0, 20, 40, 40], [22, 22, 27, 27]])
+        none = LandmarkTargets.make(torch.zeros(0, 4, 2), torch.zeros(0, 4))
+        truth = GroundTruth(
+            targets=[[none, LandmarkTargets.make(torch.zeros(3, 4, 2), boxes)]],
+            classes=[],
+            valid=background,
+            ignored=~background,
+        )
+        predictions = HeadOutput(scores, [vectors], [vectors], [(4, 4)])
+        first = BranchSamples(branch, vectors[0], None, None, None)
+        criterion = PolishCriterion(decoys=count)
+        return criterion.find_decoys(points, predictions, first, background, truth)
+
+    def test_highest_scores_of_the_background(self):
+        found = self.find(2)
+        assert found.image.tolist() == [0, 0, 1, 1]
+        assert found.point.tolist() == [3, 8, 0, 15]
+        # the box around the last point, (24, 24), is over two objects, more over the smaller
+        assert found.object.tolist() == [-1, -1, 0, 2]
+
+    def test_no_more_than_there_are(self):
+        assert len(self.find(0)) == 0
+        found = self.find(100)
+        assert torch.bincount(found.image).tolist() == [16, 15]
+
+
+def test_numbers_are_not_negative():
+    for key in ("positives", "decoys"):
+        with pytest.raises(ValueError, match=f"POLISH_{key.upper()} is -1"):
+            PolishCriterion(**{key: -1})
