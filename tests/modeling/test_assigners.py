@@ -2,6 +2,7 @@ import pytest
 import torch
 from parity import Recorded
 
+from lsnet_d2.modeling import assigners
 from lsnet_d2.modeling.assigners import assign_atss, assign_nearest, pairwise_iou_inverted
 from lsnet_d2.modeling.points import make_anchor_points
 
@@ -151,3 +152,22 @@ def test_objects_in_portions(monkeypatch):
     monkeypatch.setattr("lsnet_d2.modeling.assigners._DISTANCES_AT_ONCE", 1000)
     for ours, expected in zip(assign(), together, strict=True):
         assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("scatter", [0.0, 5.0, 300.0])
+@pytest.mark.parametrize("count", [1, 4, 9])
+def test_nearest_points_are_those_of_all(scatter, count):
+    """Also where blocks of points lie anywhere, so that bounds exclude little, or at infinity."""
+    generator = torch.Generator().manual_seed(count)
+    y, x = torch.meshgrid(torch.arange(60.0), torch.arange(101.0), indexing="ij")
+    places = 8 * torch.stack([x, y], dim=-1).view(-1, 2)
+    places += scatter * torch.randn(places.shape, generator=generator)
+    places[torch.rand(len(places), generator=generator) < 0.1] = torch.inf
+    places[:700] = torch.inf
+    centers = torch.rand(40, 2, generator=generator) * torch.tensor([900.0, 500.0])
+    units = 1 + 20 * torch.rand(40, 2, generator=generator)
+    found, index = assigners._nearest(places, centers, units, count)
+    every = ((places - centers[:, None]) / units[:, None]).square().sum(-1).sqrt()
+    assert torch.equal(found, every.sort(dim=1).values[:, :count])
+    assert torch.equal(found, every.gather(1, index))
+    assert all(len(set(row)) == count for row in index.tolist())
