@@ -1,4 +1,4 @@
-"""Detectron2's FCOS for config files, to compare with: upstream has it for its Python configs only."""
+"""Detectron2's FCOS for config files: upstream has it for its Python configs only."""
 
 from typing import Any
 
