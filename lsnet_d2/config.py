@@ -125,6 +125,23 @@ def add_lsnet_config(cfg: CN) -> None:
     # Detectron2's. MODEL.RESNETS.NORM may be "FixedBN" too.
     cfg.MODEL.EFFICIENTNET.NORM = "FixedBN"
 
+    # Detectron2's FCOS, whose own configs are Python files; the values are theirs.
+    cfg.MODEL.FCOS = CN()
+    cfg.MODEL.FCOS.NUM_CLASSES = 80
+    cfg.MODEL.FCOS.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
+    # Convolutions in each of the two towers, and the norm behind each.
+    cfg.MODEL.FCOS.NUM_CONVS = 4
+    cfg.MODEL.FCOS.NORM = "GN"
+    cfg.MODEL.FCOS.PRIOR_PROB = 0.01
+    # How far from an object's centre its positives may lie, in strides.
+    cfg.MODEL.FCOS.CENTER_SAMPLING_RADIUS = 1.5
+    cfg.MODEL.FCOS.FOCAL_LOSS_ALPHA = 0.25
+    cfg.MODEL.FCOS.FOCAL_LOSS_GAMMA = 2.0
+    # Scores are the root of the class's times the centreness, and so larger than RetinaNet's.
+    cfg.MODEL.FCOS.SCORE_THRESH_TEST = 0.2
+    cfg.MODEL.FCOS.TOPK_CANDIDATES_TEST = 1000
+    cfg.MODEL.FCOS.NMS_THRESH_TEST = 0.6
+
     # Where the mapper takes extreme points from: "segmentation" derives them from the augmented
     # mask, "annotation" reads the key "extreme_points" written by tools/gen_coco_lsvr.py.
     cfg.INPUT.EXTREME_POINTS = "segmentation"

@@ -261,7 +261,7 @@ def _holds(cfg: CfgNode, key: str, error: KeyError) -> bool:
 
 def classes_key(cfg: CfgNode) -> str:
     """The key that holds the number of classes of the config's detector."""
-    nodes = {"LSNet": "LSNET", "RetinaNet": "RETINANET"}
+    nodes = {"LSNet": "LSNET", "RetinaNet": "RETINANET", "FCOS": "FCOS"}
     return f"MODEL.{nodes.get(cfg.MODEL.META_ARCHITECTURE, 'ROI_HEADS')}.NUM_CLASSES"
 
 

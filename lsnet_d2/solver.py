@@ -58,6 +58,19 @@ def scale_schedule(cfg: CfgNode, given: Collection[str] = ()) -> None:
     )
 
 
+def schedule_of_length(cfg: CfgNode, iterations: int) -> dict[str, int | tuple[int, ...]]:
+    """Values of the keys that count iterations, for a training of another length.
+
+    All are scaled in proportion to ``SOLVER.MAX_ITER``: a warm-up of a tenth stays one of a tenth.
+    """
+    values = {}
+    for key in _ITERATIONS:
+        node, name = key.split(".")
+        if old := cfg[node][name]:
+            values[key] = _divided(old, cfg.SOLVER.MAX_ITER / iterations)
+    return values
+
+
 def _divided(iterations: int | tuple[int, ...], factor: float) -> int | tuple[int, ...]:
     if isinstance(iterations, int):
         return max(round(iterations / factor), 1)

@@ -12,7 +12,12 @@ from torch import nn
 from lsnet_d2 import add_lsnet_config
 from lsnet_d2.engine import LSNetTrainer
 from lsnet_d2.errors import ConfigError
-from lsnet_d2.solver import build_optimizer, clip_whole_gradient, scale_schedule
+from lsnet_d2.solver import (
+    build_optimizer,
+    clip_whole_gradient,
+    scale_schedule,
+    schedule_of_length,
+)
 
 
 class Model(nn.Module):
@@ -184,3 +189,14 @@ class TestScaleSchedule:
         before = cfg.clone()
         scale_schedule(cfg)
         assert cfg == before and not caplog.text
+
+
+def test_a_schedule_of_another_length():
+    cfg = solver_cfg(MAX_ITER=1000, STEPS=(600, 900), WARMUP_ITERS=100, CHECKPOINT_PERIOD=300)
+    assert schedule_of_length(cfg, 250) == {
+        "SOLVER.MAX_ITER": 250,
+        "SOLVER.STEPS": (150, 225),
+        "SOLVER.WARMUP_ITERS": 25,
+        "SOLVER.CHECKPOINT_PERIOD": 75,
+    }
+    assert cfg.SOLVER.MAX_ITER == 1000

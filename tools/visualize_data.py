@@ -68,6 +68,9 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output-dir", required=True, metavar="DIR")
     parser.add_argument("--num", type=int, default=20, help="number of pictures")
+    parser.add_argument(
+        "--image-ids", nargs="+", metavar="ID", help="these, in this order, instead of --num"
+    )
     parser.add_argument("--shuffle", action="store_true", help="others than the first ones")
     parser.add_argument("--seed", type=int, default=0, help="of the order and the augmentation")
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs")
@@ -86,6 +89,12 @@ def load_dicts(cfg: CfgNode, args: argparse.Namespace) -> tuple[str, list[dict]]
         )
     with reporting_data_errors([name]):
         dicts = get_detection_dataset_dicts([name], filter_empty=False)
+    if args.image_ids:
+        by_id = {str(record["image_id"]): record for record in dicts}
+        missing = [number for number in args.image_ids if number not in by_id]
+        if missing:
+            raise UserError(f"--image-ids: data set {name} has no image {missing[0]}")
+        return name, [by_id[number] for number in args.image_ids]
     if args.shuffle:
         random.Random(args.seed).shuffle(dicts)
     return name, dicts[: args.num]

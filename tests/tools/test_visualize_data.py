@@ -48,6 +48,18 @@ def test_ground_truth(data, source):
     assert read(output / FILES[0]).shape == (480, 640, 3)
 
 
+def test_images_of_ones_choice(data, tmp_path):
+    result = visualize(data, tmp_path, "--image-ids", 3, 1)
+    assert result.returncode == 0, result.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "0000_000000000003.png",
+        "0001_000000000001.png",
+    ]
+    result = visualize(data, tmp_path, "--image-ids", 77)
+    assert result.returncode == 2
+    assert "--image-ids: data set coco_2017_train has no image 77" in result.stderr
+
+
 def test_predictions_beside_ground_truth(data):
     results = [
         {"image_id": 1, "category_id": 1, "bbox": [12, 10, 24, 20], "score": 0.9},

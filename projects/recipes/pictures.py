@@ -1,0 +1,151 @@
+"""The photos that a model does best on, and worst, drawn beside the truth.
+
+The score of a photo is its panoptic quality ("Panoptic Segmentation", arXiv 1801.00868), of
+objects: detections with a score of at least SCORE_FLOOR choose by descending score, each the free
+object of its class whose box overlaps its own most, if their IOU is MIN_IOU or more. The score is
+the sum of the qualities of the pairs, divided by their number plus half of the objects and half of
+the detections that are left over. The quality of a pair is the mean of what is predicted and known:
+IOU of boxes, IOU of masks, OKS of keypoints. Crowds are no objects, and detections that lie in one
+do not count. Photos with neither objects nor detections have no score.
+"""
+
+import json
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+from detectron2.data import MetadataCatalog
+from plan import ROOT
+from pycocotools import mask as mask_util
+from runs import Row, title_of
+
+from lsnet_d2.config_file import load_config
+from lsnet_d2.errors import UserError
+from lsnet_d2.evaluation import oks_sigmas
+from lsnet_d2.files import atomic_write, make_folder
+from lsnet_d2.landmark_errors import MIN_IOU, SCORE_FLOOR
+
+
+def pair_quality(true: dict, found: dict, size: tuple[int, int], sigmas: np.ndarray) -> float:
+    """See above.
+
+    Args:
+        true, found: an annotation and a result in COCO's format.
+        size: (height, width) of the photo.
+        sigmas: (K,), tolerances of the keypoints.
+    """
+    parts = [box_ious([found["bbox"]], [true["bbox"]], [0])[0, 0]]
+    if found.get("segmentation") and true.get("segmentation"):
+        masks = [to_rle(entry["segmentation"], *size) for entry in (found, true)]
+        parts.append(mask_util.iou(masks[:1], masks[1:], [0])[0, 0])
+    if found.get("keypoints") and any(v > 0 for v in true.get("keypoints", ())[2::3]):
+        parts.append(oks(true, found, sigmas))
+    return float(np.mean(parts))
+
+
+def oks(true: dict, found: dict, sigmas: np.ndarray) -> float:
+    """COCO's similarity of a pose and one of which some keypoints are labelled."""
+    points, truth = (np.reshape(e["keypoints"], (-1, 3)).astype(float) for e in (found, true))
+    distances = ((points - truth)[:, :2] ** 2).sum(1)
+    area = true.get("area", true["bbox"][2] * true["bbox"][3])
+    similarity = np.exp(-distances / (2 * (2 * sigmas) ** 2 * max(area, 1e-9)))
+    return float(similarity[truth[:, 2] > 0].mean())
+
+
+def box_ious(found: list, true: list, crowds: list[int]) -> np.ndarray:
+    """(N, M), for crowds the share of the detection that lies in it."""
+    found, true = (np.reshape(boxes, (-1, 4)).astype(float) for boxes in (found, true))
+    if not len(found) or not len(true):
+        return np.zeros((len(found), len(true)))
+    return np.asarray(mask_util.iou(found, true, crowds))
+
+
+def to_rle(segmentation: list | dict, height: int, width: int) -> dict:
+    if isinstance(segmentation, list):
+        parts = [part for part in segmentation if len(part) >= 6]
+        return mask_util.merge(mask_util.frPyObjects(parts, height, width))
+    if isinstance(segmentation["counts"], list):
+        return mask_util.frPyObjects(segmentation, height, width)
+    return segmentation
+
+
+def photo_score(
+    annotations: list[dict], results: list[dict], size: tuple[int, int], sigmas: np.ndarray
+) -> float | None:
+    """See above; all of one photo."""
+    crowds = [a["bbox"] for a in annotations if a.get("iscrowd")]
+    objects = [a for a in annotations if not a.get("iscrowd")]
+    results = [r for r in results if r["score"] >= SCORE_FLOOR]
+    results.sort(key=lambda r: -r["score"])
+    ious = box_ious([r["bbox"] for r in results], [a["bbox"] for a in objects], [0] * len(objects))
+    in_crowds = box_ious([r["bbox"] for r in results], crowds, [1] * len(crowds))
+    free, qualities, extra = set(range(len(objects))), [], 0
+    for index, result in enumerate(results):
+        alike = [i for i in free if objects[i]["category_id"] == result["category_id"]]
+        best = max(alike, key=lambda i: ious[index, i], default=None)
+        if best is not None and ious[index, best] >= MIN_IOU:
+            free.remove(best)
+            qualities.append(pair_quality(objects[best], result, size, sigmas))
+        elif not (in_crowds[index] >= MIN_IOU).any():
+            extra += 1
+    weight = len(qualities) + (len(free) + extra) / 2
+    return sum(qualities) / weight if weight else None
+
+
+def rank_photos(
+    json_file: Path, results: list[dict], sigmas: np.ndarray
+) -> list[tuple[int, float]]:
+    """Ids and scores of the photos that have one, the best first."""
+    data = json.loads(json_file.read_text())
+    annotations, found = defaultdict(list), defaultdict(list)
+    for entries, by_image in ((data["annotations"], annotations), (results, found)):
+        for entry in entries:
+            by_image[entry["image_id"]].append(entry)
+    scores = {
+        image["id"]: photo_score(
+            annotations[image["id"]],
+            found[image["id"]],
+            (image["height"], image["width"]),
+            sigmas,
+        )
+        for image in data["images"]
+    }
+    scored = [(number, score) for number, score in scores.items() if score is not None]
+    return sorted(scored, key=lambda entry: -entry[1])
+
+
+def draw_extremes(row: Row, output: Path, count: int) -> Path:
+    """Draw ``count`` photos of the test set, half of them the best and half the worst.
+
+    They are in ``pictures/{name}/best`` and ``worst`` below ``output``, truth left, predictions
+    right, in order; ``scores.json`` has the score of every photo.
+
+    Raises:
+        UserError: drawing failed.
+    """
+    run = output / row.folder
+    cfg = load_config(str(run / "config.yaml"), ["MODEL.DEVICE", "cpu"])
+    name = cfg.DATASETS.TEST[0]
+    predictions = run / "inference/coco_instances_results.json"
+    sigmas = np.array(oks_sigmas(cfg, name)[1])
+    json_file = Path(MetadataCatalog.get(name).json_file)
+    ranked = rank_photos(json_file, json.loads(predictions.read_text()), sigmas)
+    best, worst = ranked[: (count + 1) // 2], ranked[::-1][: count // 2]
+    title = f"{row.group}_{title_of(row.name, row.point)}".replace(" ", "_").replace("/", "_")
+    folder = make_folder(output / "pictures" / title)
+    with atomic_write(folder / "scores.json", "w") as file:
+        json.dump([{"image_id": number, "score": score} for number, score in ranked], file)
+    for part, chosen in (("best", best), ("worst", worst)):
+        if not chosen:
+            continue
+        command = [sys.executable, str(ROOT / "tools/visualize_data.py")]
+        command += ["--config-file", str(run / "config.yaml"), "--predictions", str(predictions)]
+        command += ["--confidence-threshold", str(SCORE_FLOOR), "--output-dir", str(folder / part)]
+        command += ["--image-ids", *(str(number) for number, _ in chosen)]
+        command += ["--opts", "MODEL.DEVICE", "cpu"]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        if done.returncode:
+            raise UserError(f"cannot draw {folder / part}: {done.stderr.strip().splitlines()[-1]}")
+    return folder

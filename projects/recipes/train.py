@@ -1,0 +1,52 @@
+#!/usr/bin/env python
+"""As tools/train_net.py in one process, with the peak of memory among the metrics.
+
+A training whose loss is no number ends with a status of its own, which ``runs.py`` knows.
+"""
+
+import resource
+import sys
+
+import torch
+from detectron2.engine import HookBase, default_argument_parser
+
+import lsnet_d2  # noqa: F401  (registers the model, the backbones and the data sets)
+from lsnet_d2.data.annotation_checks import AnnotationError
+from lsnet_d2.engine import LSNetTrainer, setup
+from lsnet_d2.errors import exit_on_user_error
+
+DIVERGED = 3
+
+
+class PeakMemory(HookBase):
+    """Writes ``peak_memory``, in MiB: on CUDA of what torch has allocated, elsewhere of the whole
+    process, without the workers that load data."""
+
+    def after_step(self) -> None:
+        device = torch.device(self.trainer.cfg.MODEL.DEVICE)
+        if device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(device) / 2**20
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        self.trainer.storage.put_scalar("peak_memory", peak, smoothing_hint=False)
+
+
+class RecipeTrainer(LSNetTrainer):
+    def build_hooks(self) -> list[HookBase]:
+        return [PeakMemory(), *super().build_hooks()]
+
+
+@exit_on_user_error(AnnotationError)
+def main() -> None:
+    args = default_argument_parser().parse_args()
+    trainer = RecipeTrainer(setup(args))
+    trainer.resume_or_load(resume=args.resume)
+    try:
+        trainer.train()
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(DIVERGED)
+
+
+if __name__ == "__main__":
+    main()
