@@ -6,7 +6,7 @@
 #   make demo TASK=bbox                       train, evaluate and draw on the generated shapes;
 #                                             TASK: bbox, segm, pose_bbox, pose_kbox, joint or
 #                                             joint_long, the only one of half an hour
-#   make test ARGS="tests/layers -x"          pytest with further arguments
+#   make test ARGS="tests/layers -x"          pytest with further arguments, on up to four cores
 #   make test PYTHON=python                   in an environment of your own instead of .venv
 #   make bench ARGS="--threads 2"             speed and memory beside other models, in output/bench
 
@@ -42,7 +42,7 @@ demo: $(ENV)
 	    --output-dir $(DEMO_OUTPUT)/pictures
 
 test: $(ENV)
-	$(PYTHON) -m pytest -q $(ARGS)
+	$(PYTHON) -m pytest -q -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 bench: $(ENV)
 	$(PYTHON) tools/benchmark.py $(ARGS)

@@ -59,6 +59,7 @@ setup(
             "hypothesis>=6.168",
             "pre-commit>=4.6",
             "pytest>=9.2",
+            "pytest-xdist>=3.8",
             "ruff==0.17.6",
             "scikit-image>=0.25",  # photos
             "selenium>=4.51",  # drives a Chromium, if there is one

@@ -34,6 +34,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     if config.getoption("--parity-report"):
+        if getattr(config.option, "numprocesses", None):
+            raise pytest.UsageError("--parity-report needs one process: add -n 0")
         page = config.rootpath / "docs" / "parity.md"
         config.pluginmanager.register(ParityReport(page), "parity-report")
 
