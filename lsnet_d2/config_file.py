@@ -30,6 +30,7 @@ CHOICES = (
     ("INPUT.EXTREME_POINTS", EXTREME_POINT_SOURCES),
     ("INPUT.CONTOUR_SAMPLING", CONTOUR_METHODS),
     ("INPUT.FORMAT", ("RGB", "BGR", "L", "YUV-BT.601")),
+    ("TEST.BEST_MODE", ("max", "min")),
     ("INPUT.RANDOM_FLIP", ("horizontal", "vertical", "none")),
     (
         "SOLVER.LR_SCHEDULER_NAME",
@@ -175,6 +176,7 @@ def check_config(cfg: CfgNode, *, need_data_sets: bool = True) -> None:
         _check_augmentation(cfg)
     _check_backbone(cfg)
     _check_choices(cfg, CHOICES)
+    _check_evaluation(cfg)
     if cfg.SOLVER.CLIP_GRADIENTS.ENABLED:
         _check_choices(cfg, CLIP_CHOICES)
     for key in ("SOLVER.IMS_PER_BATCH", "SOLVER.MAX_ITER", classes_key(cfg)):
@@ -226,6 +228,23 @@ def _check_augmentation(cfg: CfgNode) -> None:
         check_merging(cfg.TEST.AUG.METHOD, cfg.TEST.AUG.VOTE_IOU)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def _check_evaluation(cfg: CfgNode) -> None:
+    test, average = cfg.TEST, cfg.SOLVER.EMA
+    if average.ENABLED and not 0 <= average.DECAY < 1:
+        raise ConfigError(f"SOLVER.EMA.DECAY is {average.DECAY}; it must be 0 or more, and below 1")
+    if average.ENABLED and test.PRECISE_BN.ENABLED:
+        raise ConfigError(
+            "TEST.PRECISE_BN.ENABLED and SOLVER.EMA.ENABLED are True; the statistics would be "
+            "those of other weights than the averaged ones"
+        )
+    if test.PATIENCE < 0:
+        raise ConfigError(f"TEST.PATIENCE is {test.PATIENCE}; it must be 1 or more, or 0 for never")
+    if test.PATIENCE and not test.BEST_METRIC:
+        raise ConfigError("TEST.PATIENCE needs a TEST.BEST_METRIC")
+    if test.BEST_METRIC and test.EVAL_PERIOD < 1:
+        raise ConfigError("TEST.BEST_METRIC needs a TEST.EVAL_PERIOD of 1 or more")
 
 
 def _check_backbone(cfg: CfgNode) -> None:
