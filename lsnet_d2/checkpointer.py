@@ -1,10 +1,12 @@
 """Checkpoints that are whole or absent, and are refused when they do not fit the model."""
 
 import glob
+import hashlib
 import itertools
 import logging
 import os
 import pickle
+import re
 import time
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -35,7 +37,8 @@ class LSNetCheckpointer(DetectionCheckpointer):
     - A checkpoint appears under its name when it is complete, ``last_checkpoint`` after it. A
       training that is killed at any moment leaves a file to go on from.
     - A training that starts anew moves the checkpoints of an earlier one out of the way.
-    - Files are read as data: nothing in them is executed.
+    - Files are read as data: nothing in them is executed. Downloads are checked where their name
+      has a digest.
     - Of a training with averaged weights these are the "model" of a checkpoint, so that everybody
       gets what was evaluated.
     - With ``strict=True``, a checkpoint must have every weight of the model and no others.
@@ -234,6 +237,8 @@ class LSNetCheckpointer(DetectionCheckpointer):
             raise CheckpointError(f"cannot get the weights {url}: {error}") from error
         if not os.path.isfile(local):
             raise CheckpointError(f"no such file of weights: {url}")
+        if "://" in url:
+            _check_digest(url, local)
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         with _reading(filename):
@@ -314,6 +319,24 @@ def read_weights(path: str) -> Mapping[str, Any]:
         raise CheckpointError(f"no such file of weights: {path}")
     with _reading(path):
         return _named_weights(path, _load_torch_file(path))
+
+
+def _check_digest(url: str, path: str) -> None:
+    """Refuse a download whose name ends in the start of its SHA-256, as torch.hub has it, and that
+    is another file."""
+    match = re.search(r"-([0-9a-f]{8,64})\.\w+$", url)
+    if not match:
+        return
+    sha256 = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            sha256.update(chunk)
+    digest = sha256.hexdigest()
+    if not digest.startswith(match.group(1)):
+        raise CheckpointError(
+            f"{url}: what was downloaded is not the file that its name says (SHA-256 {digest}); "
+            f"remove {path} to try again, or give a file of your own"
+        )
 
 
 @contextmanager

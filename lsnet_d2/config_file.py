@@ -12,6 +12,7 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
+from fvcore.common.config import BASE_KEY
 
 from .config import add_lsnet_config
 from .data.annotation_checks import ON_INVALID
@@ -80,6 +81,7 @@ def _merge_file(cfg: CfgNode, config_file: str) -> None:
     if not os.path.isfile(config_file):
         raise ConfigError(f"no such config file: {config_file}")
     try:
+        _check_bases(config_file, ())
         # Detectron2's default runs Python expressions that a file may contain
         cfg.merge_from_file(config_file, allow_unsafe=False)
     except OSError as error:
@@ -96,6 +98,22 @@ def _merge_file(cfg: CfgNode, config_file: str) -> None:
         ) from error
     except ValueError as error:  # the type of a value; the message names the key
         raise ConfigError(f"{config_file}: {error}") from error
+
+
+def _check_bases(config_file: str, above: tuple[str, ...]) -> None:
+    """Follow ``_BASE_`` and refuse what Detectron2 would fetch, or follow for ever."""
+    with open(config_file, encoding="utf-8") as file:
+        content = yaml.safe_load(file)
+    if not isinstance(content, dict):
+        raise ConfigError(f"{config_file}: not a config, which has keys and values")
+    bases = content.get(BASE_KEY, [])
+    for base in bases if isinstance(bases, list) else [bases]:
+        if not isinstance(base, str) or "://" in base:
+            raise ConfigError(f"{config_file}: {BASE_KEY} must name a file here, not {base!r}")
+        path = os.path.join(os.path.dirname(config_file), os.path.expanduser(base))
+        if os.path.realpath(path) in map(os.path.realpath, (*above, config_file)):
+            raise ConfigError(f"{config_file}: {BASE_KEY} {base} leads back to a file before it")
+        _check_bases(path, (*above, config_file))
 
 
 def _merge_opts(cfg: CfgNode, opts: list[str]) -> None:

@@ -506,6 +506,7 @@ def evaluate(cfg: CfgNode) -> dict:
     """
     if not cfg.DATASETS.TEST:
         raise ConfigError("DATASETS.TEST is empty")
+    check_proposals(cfg)
     model = LSNetTrainer.build_model(cfg)
     checkpointer = LSNetCheckpointer(model, cfg=cfg)
     checkpointer.load(cfg.MODEL.WEIGHTS, checkpointables=[], strict=True)

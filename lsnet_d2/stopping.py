@@ -6,7 +6,7 @@ from detectron2.engine.train_loop import TrainerBase
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
-from .errors import TrainingError, UserError
+from .errors import TrainingError, UserError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -48,29 +48,30 @@ class StoppableTrainer(TrainerBase):
             self.after_train()
 
     def _end_early(self) -> None:
-        """Let hooks end; a second error must not hide the first one."""
+        """Let hooks close what they have opened; a second error must not hide the first one."""
         max_iter, self.max_iter = self.max_iter, self.iter + 2  # to them it is not the last one
-        try:
-            self.after_train()
-        except Exception:
-            logger.warning("A hook failed at the end", exc_info=logger.isEnabledFor(logging.DEBUG))
+        for hook in self._hooks:
+            try:
+                hook.after_train()
+            except Exception as error:
+                logger.warning("%s at the end: %s", type(hook).__name__, one_line(error))
         self.max_iter = max_iter
 
 
 def _as_user_error(error: BaseException, iteration: int) -> BaseException:
-    if isinstance(error, UserError):
-        return error
-    if isinstance(error, OSError) and error.strerror:
+    # of torch, which may raise it anywhere, whatever the main process is doing; or what comes of
+    # reading from a worker that is gone
+    worker = isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
+    if worker or isinstance(error, (ConnectionError, EOFError)):
+        reason = one_line(error).partition(" It is possible")[0] or type(error).__name__
+        return TrainingError(
+            f"iteration {iteration}: a process that loads images has ended ({reason}). There may "
+            "be too little memory: try a lower DATALOADER.NUM_WORKERS. --resume goes on from the "
+            "last checkpoint"
+        )
+    if isinstance(error, OSError) and error.strerror and not isinstance(error, UserError):
         where = f"{error.filename}: " if error.filename else ""
         return TrainingError(f"iteration {iteration}: {where}{error.strerror}")
-    # of torch, which may raise it anywhere, whatever the main process is doing
-    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
-        first = str(error).strip().splitlines()[0]
-        return TrainingError(
-            f"iteration {iteration}: a process that loads images has ended ({first}). There may be "
-            "too little memory: try a lower DATALOADER.NUM_WORKERS. --resume goes on from the last "
-            "checkpoint"
-        )
     return error
 
 
