@@ -38,8 +38,9 @@ def check_dataset_dicts(
 
     Errors are: a number of classes other than the config's; a missing image file; a class out of
     range; a box that is not four finite numbers, is larger than any image, has no width or height,
-    or lies outside its image (boxes that reach over the border are common, and are clipped later); malformed extreme points;
-    a segmentation of no known form, or an RLE of another size than its image.
+    or lies outside its image (boxes that reach over the border are common, and are clipped later);
+    malformed extreme points; a segmentation of no known form, or an RLE of another size than its
+    image.
 
     Args:
         dataset_dicts: in Detectron2's format; nothing is written into them.
