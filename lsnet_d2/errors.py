@@ -19,6 +19,11 @@ class UserError(Exception):
 
     in_all_processes = False
 
+    def everywhere(self) -> "UserError":
+        """This error, as one that all processes raise."""
+        self.in_all_processes = True
+        return self
+
 
 class ConfigError(UserError):
     """A config file or a key of it."""

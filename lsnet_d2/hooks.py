@@ -96,7 +96,7 @@ class WeightCheck(HookBase):
                     f"iteration {self.trainer.iter}: the weight {name} is not finite any more, "
                     "though the loss is; nothing was saved of it. A lower SOLVER.BASE_LR or "
                     "SOLVER.CLIP_GRADIENTS may help; --resume goes on from the last checkpoint"
-                )
+                ).everywhere()
 
 
 class TrainingCheckpointer(PeriodicCheckpointer):
@@ -185,7 +185,7 @@ class BestMetric(HookBase):
             raise ConfigError(
                 f"TEST.BEST_METRIC is {self._metric!r}, which the evaluation does not give; it "
                 f"gives {measured or 'nothing'}"
-            )
+            ).everywhere()
         if not math.isfinite(value) or (
             self.best is not None and self._sign * (value - self.best) <= 0
         ):
