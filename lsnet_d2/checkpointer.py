@@ -1,10 +1,12 @@
 """Checkpoints that are whole or absent, and are refused when they do not fit the model."""
 
 import glob
+import hashlib
 import itertools
 import logging
 import os
 import pickle
+import re
 import time
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -25,6 +27,9 @@ from .imagenet import convert_imagenet_weights, is_imagenet_checkpoint, some
 
 logger = logging.getLogger(__name__)
 
+# What "weights" of a checkpoint says about its "model".
+TRAINED, AVERAGED = "trained", "averaged"
+
 
 class LSNetCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer, made safe.
@@ -32,7 +37,10 @@ class LSNetCheckpointer(DetectionCheckpointer):
     - A checkpoint appears under its name when it is complete, ``last_checkpoint`` after it. A
       training that is killed at any moment leaves a file to go on from.
     - A training that starts anew moves the checkpoints of an earlier one out of the way.
-    - Files are read as data: nothing in them is executed.
+    - Files are read as data: nothing in them is executed. Downloads are checked where their name
+      has a digest.
+    - Of a training with averaged weights these are the "model" of a checkpoint, so that everybody
+      gets what was evaluated.
     - With ``strict=True``, a checkpoint must have every weight of the model and no others.
     - Weights of the released LSNet code are renamed when a config is given, and those of ImageNet
       classifiers of torchvision and mmcv always.
@@ -48,31 +56,52 @@ class LSNetCheckpointer(DetectionCheckpointer):
         *,
         cfg: CfgNode | None = None,
         save_to_disk: bool | None = None,
+        averaged: nn.Module | None = None,
         **checkpointables: Any,
     ) -> None:
         """
         Args:
             model, save_dir, save_to_disk, checkpointables: see Detectron2. ``save_dir`` is local.
             cfg: config of the model, to convert checkpoints of the released code for.
+            averaged: a model with averaged weights, which are saved for those of ``model``. What
+                saves the trained ones must be among the checkpointables.
         """
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self.cfg = cfg
+        self.averaged = averaged
         self.resumed_from: str | None = None
         self._source = ""
         self._strict = False
 
-    def save(self, name: str, **kwargs: Any) -> None:
-        """Write ``{save_dir}/{name}.pth``, and then its name to ``last_checkpoint``."""
+    def save(self, name: str, *, as_last: bool = True, **kwargs: Any) -> None:
+        """Write ``{save_dir}/{name}.pth``, and then its name to ``last_checkpoint``.
+
+        Args:
+            as_last: whether it is written there.
+            kwargs: more of what the file holds.
+
+        Raises:
+            CheckpointError: it cannot be written. Nothing is left of it, and what was there under
+                its name stays.
+        """
         if not self.save_dir or not self.save_to_disk:
             return
-        data = {"model": self.model.state_dict()}
+        model, kind = (self.averaged, AVERAGED) if self.averaged else (self.model, TRAINED)
+        data = {"model": model.state_dict(), "weights": kind}
         data.update({key: value.state_dict() for key, value in self.checkpointables.items()})
         data.update(kwargs)
         path = os.path.join(self.save_dir, f"{name}.pth")
-        logger.info("Saving checkpoint to %s", path)
-        with atomic_write(path) as file:
-            torch.save(data, file)
-        self.tag_last_checkpoint(f"{name}.pth")
+        logger.info("Saving checkpoint to %s (%s weights)", path, kind)
+        try:
+            with atomic_write(path) as file:
+                torch.save(data, file)
+            if as_last:
+                self.tag_last_checkpoint(f"{name}.pth")
+        except (OSError, RuntimeError) as error:  # torch hides the first by the second
+            raise CheckpointError(
+                f"cannot write {path}: {_os_reason(error)}. Nothing is left of it; once this is "
+                "mended, --resume goes on from the checkpoint before"
+            ) from error
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         with atomic_write(os.path.join(self.save_dir, "last_checkpoint"), "w") as file:
@@ -208,13 +237,19 @@ class LSNetCheckpointer(DetectionCheckpointer):
             raise CheckpointError(f"cannot get the weights {url}: {error}") from error
         if not os.path.isfile(local):
             raise CheckpointError(f"no such file of weights: {url}")
+        if "://" in url:
+            _check_digest(url, local)
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         with _reading(filename):
             if filename.endswith(".pkl"):
                 loaded = _from_model_zoo(_load_numpy_pickle(filename))
+            elif filename.endswith(".pyth"):
+                loaded = _from_pycls(_load_torch_file(filename))
             else:
                 loaded = super()._load_file(filename)
+        if loaded.get("weights") == AVERAGED:
+            logger.info("%s has averaged weights (SOLVER.EMA)", filename)
         weights = _named_weights(filename, loaded)
         try:
             if self.cfg is not None and is_released_checkpoint(weights):
@@ -286,6 +321,24 @@ def read_weights(path: str) -> Mapping[str, Any]:
         return _named_weights(path, _load_torch_file(path))
 
 
+def _check_digest(url: str, path: str) -> None:
+    """Refuse a download whose name ends in the start of its SHA-256, as torch.hub has it, and that
+    is another file."""
+    match = re.search(r"-([0-9a-f]{8,64})\.\w+$", url)
+    if not match:
+        return
+    sha256 = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            sha256.update(chunk)
+    digest = sha256.hexdigest()
+    if not digest.startswith(match.group(1)):
+        raise CheckpointError(
+            f"{url}: what was downloaded is not the file that its name says (SHA-256 {digest}); "
+            f"remove {path} to try again, or give a file of your own"
+        )
+
+
 @contextmanager
 def _reading(path: str) -> Iterator[None]:
     """Turn whatever a reader of pickles raises into a CheckpointError."""
@@ -346,6 +399,16 @@ def _is_whole(path: str) -> bool:
     return True
 
 
+def _os_reason(error: BaseException) -> str:
+    """What the system says, which may stand behind another error."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.strerror:
+            return seen.strerror
+        seen = seen.__cause__ or seen.__context__
+    return one_line(error)
+
+
 class _NumpyUnpickler(pickle.Unpickler):
     """Reads numpy arrays in plain containers; anything else in the file is refused."""
 
@@ -378,3 +441,22 @@ def _from_model_zoo(data: Mapping[str, Any]) -> dict[str, Any]:
     blobs = data.get("blobs", data)
     weights = {name: value for name, value in blobs.items() if not name.endswith("_momentum")}
     return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
+
+
+def _from_pycls(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Files of pycls, as Detectron2 takes them."""
+    weights = data.get("model_state")
+    if not isinstance(weights, Mapping):
+        raise CheckpointError("no 'model_state', which files of pycls have")
+    weights = {k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")}
+    return {"model": weights, "__author__": "pycls", "matching_heuristics": True}
+
+
+def require_plain_pickle(path: str) -> None:
+    """Refuse a pickle that holds more than numpy arrays in plain containers.
+
+    Raises:
+        CheckpointError: it does, or it is missing or damaged.
+    """
+    with _reading(path):
+        _load_numpy_pickle(path)

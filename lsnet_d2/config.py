@@ -172,3 +172,21 @@ def add_lsnet_config(cfg: CN) -> None:
     # What to do about training annotations whose box is malformed, empty or outside its image:
     # "error" stops and names them, "drop" leaves them out and logs their number.
     cfg.DATASETS.INVALID_ANNOTATIONS = "error"
+
+    # Exponential moving average of the weights. It is what is evaluated, and what checkpoints have
+    # for the model; the trained weights are in them too, to go on from.
+    cfg.SOLVER.EMA = CN()
+    cfg.SOLVER.EMA.ENABLED = False
+    # Share of the mean that an iteration keeps; less in the first ones, where it is n / (n + 9).
+    cfg.SOLVER.EMA.DECAY = 0.9998
+
+    # Whether the losses of DATASETS.TEST, without augmentation, are computed with each evaluation
+    # of TEST.EVAL_PERIOD; "validation/total_loss" and others in metrics.json.
+    cfg.TEST.VALIDATION_LOSS = False
+    # Metric of metrics.json, such as "bbox/AP", whose best value in the evaluations of
+    # TEST.EVAL_PERIOD makes the checkpoint model_best.pth. Empty: none is kept.
+    cfg.TEST.BEST_METRIC = ""
+    # Whether the best value of it is the "max" or the "min".
+    cfg.TEST.BEST_MODE = "max"
+    # Evaluations in a row without a better value, after which the training ends. 0: it does not.
+    cfg.TEST.PATIENCE = 0

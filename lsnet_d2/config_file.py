@@ -12,6 +12,7 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
+from fvcore.common.config import BASE_KEY
 
 from .config import add_lsnet_config
 from .data.annotation_checks import ON_INVALID
@@ -30,6 +31,7 @@ CHOICES = (
     ("INPUT.EXTREME_POINTS", EXTREME_POINT_SOURCES),
     ("INPUT.CONTOUR_SAMPLING", CONTOUR_METHODS),
     ("INPUT.FORMAT", ("RGB", "BGR", "L", "YUV-BT.601")),
+    ("TEST.BEST_MODE", ("max", "min")),
     ("INPUT.RANDOM_FLIP", ("horizontal", "vertical", "none")),
     (
         "SOLVER.LR_SCHEDULER_NAME",
@@ -79,6 +81,7 @@ def _merge_file(cfg: CfgNode, config_file: str) -> None:
     if not os.path.isfile(config_file):
         raise ConfigError(f"no such config file: {config_file}")
     try:
+        _check_bases(config_file, ())
         # Detectron2's default runs Python expressions that a file may contain
         cfg.merge_from_file(config_file, allow_unsafe=False)
     except OSError as error:
@@ -95,6 +98,22 @@ def _merge_file(cfg: CfgNode, config_file: str) -> None:
         ) from error
     except ValueError as error:  # the type of a value; the message names the key
         raise ConfigError(f"{config_file}: {error}") from error
+
+
+def _check_bases(config_file: str, above: tuple[str, ...]) -> None:
+    """Follow ``_BASE_`` and refuse what Detectron2 would fetch, or follow for ever."""
+    with open(config_file, encoding="utf-8") as file:
+        content = yaml.safe_load(file)
+    if not isinstance(content, dict):
+        raise ConfigError(f"{config_file}: not a config, which has keys and values")
+    bases = content.get(BASE_KEY, [])
+    for base in bases if isinstance(bases, list) else [bases]:
+        if not isinstance(base, str) or "://" in base:
+            raise ConfigError(f"{config_file}: {BASE_KEY} must name a file here, not {base!r}")
+        path = os.path.join(os.path.dirname(config_file), os.path.expanduser(base))
+        if os.path.realpath(path) in map(os.path.realpath, (*above, config_file)):
+            raise ConfigError(f"{config_file}: {BASE_KEY} {base} leads back to a file before it")
+        _check_bases(path, (*above, config_file))
 
 
 def _merge_opts(cfg: CfgNode, opts: list[str]) -> None:
@@ -175,6 +194,7 @@ def check_config(cfg: CfgNode, *, need_data_sets: bool = True) -> None:
         _check_augmentation(cfg)
     _check_backbone(cfg)
     _check_choices(cfg, CHOICES)
+    _check_evaluation(cfg)
     if cfg.SOLVER.CLIP_GRADIENTS.ENABLED:
         _check_choices(cfg, CLIP_CHOICES)
     for key in ("SOLVER.IMS_PER_BATCH", "SOLVER.MAX_ITER", classes_key(cfg)):
@@ -226,6 +246,23 @@ def _check_augmentation(cfg: CfgNode) -> None:
         check_merging(cfg.TEST.AUG.METHOD, cfg.TEST.AUG.VOTE_IOU)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def _check_evaluation(cfg: CfgNode) -> None:
+    test, average = cfg.TEST, cfg.SOLVER.EMA
+    if average.ENABLED and not 0 <= average.DECAY < 1:
+        raise ConfigError(f"SOLVER.EMA.DECAY is {average.DECAY}; it must be 0 or more, and below 1")
+    if average.ENABLED and test.PRECISE_BN.ENABLED:
+        raise ConfigError(
+            "TEST.PRECISE_BN.ENABLED and SOLVER.EMA.ENABLED are True; the statistics would be "
+            "those of other weights than the averaged ones"
+        )
+    if test.PATIENCE < 0:
+        raise ConfigError(f"TEST.PATIENCE is {test.PATIENCE}; it must be 1 or more, or 0 for never")
+    if test.PATIENCE and not test.BEST_METRIC:
+        raise ConfigError("TEST.PATIENCE needs a TEST.BEST_METRIC")
+    if test.BEST_METRIC and test.EVAL_PERIOD < 1:
+        raise ConfigError("TEST.BEST_METRIC needs a TEST.EVAL_PERIOD of 1 or more")
 
 
 def _check_backbone(cfg: CfgNode) -> None:

@@ -2,7 +2,7 @@
 
 import functools
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import ParamSpec, TypeVar
 
@@ -11,7 +11,18 @@ T = TypeVar("T")
 
 
 class UserError(Exception):
-    """Something outside the program is wrong; the message names the file, annotation or key."""
+    """Something outside the program is wrong; the message names the file, annotation or key.
+
+    Attributes:
+        in_all_processes: whether every process of a training raises it, with the same message.
+    """
+
+    in_all_processes = False
+
+    def everywhere(self) -> "UserError":
+        """This error, as one that all processes raise."""
+        self.in_all_processes = True
+        return self
 
 
 class ConfigError(UserError):
@@ -20,6 +31,46 @@ class ConfigError(UserError):
 
 class CheckpointError(UserError):
     """A file of weights: missing, damaged, unsafe, or of another model."""
+
+
+class TrainingError(UserError):
+    """A training cannot go on."""
+
+
+class NonFiniteLossError(TrainingError):
+    """A loss is infinite or not a number. It is raised in all processes of a training.
+
+    Attributes:
+        iteration: the one that they are of.
+        losses: those that are not finite, by name.
+        file_names: of the images of this iteration, in the process where it happened.
+    """
+
+    in_all_processes = True
+
+    def __init__(
+        self,
+        iteration: int,
+        losses: Mapping[str, float],
+        file_names: Sequence[str],
+        *,
+        process: int | None = None,
+    ) -> None:
+        """
+        Args:
+            process: its rank; None: there is only one.
+        """
+        self.iteration = iteration
+        self.losses = dict(losses)
+        self.file_names = list(file_names)
+        found = ", ".join(f"{name} is {value:g}" for name, value in losses.items())
+        where = "" if process is None else f" in process {process}"
+        super().__init__(
+            f"iteration {iteration}{where}: {found}, for the images {', '.join(file_names)}. The "
+            "weights were not changed by it. Look at these images and their annotations "
+            "(tools/visualize_data.py); otherwise a lower SOLVER.BASE_LR, a longer "
+            "SOLVER.WARMUP_ITERS or SOLVER.CLIP_GRADIENTS may help"
+        )
 
 
 def exit_on_user_error(*errors: type[Exception]) -> Callable[[Callable[P, T]], Callable[P, T]]:

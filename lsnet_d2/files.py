@@ -1,6 +1,7 @@
 """Files that appear under their names only when they are complete."""
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,3 +71,18 @@ def make_folder(path: str | os.PathLike) -> Path:
     except OSError as error:
         raise UserError(f"{path}: cannot make this folder: {error.strerror}") from error
     return Path(path)
+
+
+def require_writable(folder: str | os.PathLike) -> None:
+    """Find before the work is done whether files can be written into a folder.
+
+    Raises:
+        UserError: they cannot, because of permissions, a read-only file system, or a full one.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"\0" * 4096)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write into this folder: {error.strerror}") from error

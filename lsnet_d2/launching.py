@@ -5,14 +5,19 @@ Detectron2's ``launch`` starts its own.
 
 import argparse
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 
-from .errors import ConfigError
+from .checkpointer import LSNetCheckpointer
+from .errors import ConfigError, UserError, one_line
+
+INTERRUPTED = 130  # exit status of what Ctrl-C has ended, as shells have it
 
 
 def adopt_torchrun(args: argparse.Namespace) -> bool:
@@ -50,3 +55,29 @@ def run_in_group(run: Callable[[argparse.Namespace], None], args: argparse.Names
     comm.create_local_process_group(args.num_gpus)
     comm.synchronize()
     run(args)
+
+
+@contextmanager
+def reporting_once() -> Iterator[None]:
+    """Of an error that all processes raise, the main one prints the message.
+
+    The others wait for it: the first process that ends has the rest ended.
+    """
+    try:
+        yield
+    except UserError as error:
+        if comm.get_world_size() == 1 or not error.in_all_processes:
+            raise
+        if comm.is_main_process():
+            print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+        comm.synchronize()
+        sys.exit(2)
+
+
+def describe_interruption(output_dir: str) -> str:
+    """What Ctrl-C leaves, and how to go on."""
+    files = LSNetCheckpointer(torch.nn.Identity(), output_dir, save_to_disk=False)
+    last = files.get_checkpoint_file() if files.has_checkpoint() else ""
+    if not os.path.isfile(last):
+        return f"interrupted before the first checkpoint in {output_dir}"
+    return f"interrupted; the same command with --resume goes on from {last}"

@@ -1,16 +1,20 @@
 """The step of training: Detectron2's, with mixed precision on any device and parts of batches."""
 
 import contextlib
+import math
 import time
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import SimpleTrainer
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .errors import ConfigError
+from .errors import ConfigError, NonFiniteLossError
 
 _PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -41,6 +45,9 @@ class LSNetTrainLoop(SimpleTrainer):
     float32; parameters and gradients are float32 anyway. Gradients of float16 are scaled (and steps
     in which they overflow are left out), as in "Mixed Precision Training" (arXiv 1710.03740).
     Detectron2's ``AMPTrainer`` does that on GPUs.
+
+    A loss that is not finite ends the training, in all processes and before the weights change.
+    (Detectron2's trainers notice it in the main process only, and do not say for which images.)
     """
 
     def __init__(
@@ -67,9 +74,13 @@ class LSNetTrainLoop(SimpleTrainer):
         )
 
     def run_step(self) -> None:
+        """
+        Raises:
+            NonFiniteLossError: in every process, when a loss of one of them is not finite.
+        """
         assert self.model.training, "the model was set to evaluation during training"
         self.optimizer.zero_grad()
-        found, data_time = [], 0.0
+        found, batches, data_time = [], [], 0.0
         for number in range(1, self.accumulation_steps + 1):
             start = time.perf_counter()
             batch = next(self._data_loader_iter)
@@ -79,15 +90,36 @@ class LSNetTrainLoop(SimpleTrainer):
                 total = sum(losses.values()) / self.accumulation_steps
                 self.grad_scaler.scale(total).backward()
             found.append(losses)
+            batches.append(batch)
         self.after_backward()
-        self._write_metrics(
-            {name: sum(losses[name] for losses in found) / len(found) for name in found[0]},
-            data_time,
-        )
+        means = {name: sum(losses[name] for losses in found) / len(found) for name in found[0]}
+        self._share_metrics(means, data_time, batches)
         # Before the step, where gradients are clipped: a fused optimizer would unscale them after.
         self.grad_scaler.unscale_(self.optimizer)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
+
+    def _share_metrics(
+        self, losses: dict[str, Tensor], data_time: float, batches: list[list[dict]]
+    ) -> None:
+        """As ``SimpleTrainer.write_metrics``, but every process gets what each has found."""
+        values = {name: value.item() for name, value in losses.items()}
+        broken = {name: value for name, value in values.items() if not math.isfinite(value)}
+        files = [str(i.get("file_name")) for b in batches for i in b] if broken else []
+        shared = comm.all_gather((values, data_time, broken, files))
+        for rank, (_, _, broken, files) in enumerate(shared):
+            if broken:
+                raise NonFiniteLossError(
+                    self.iter, broken, files, process=rank if len(shared) > 1 else None
+                )
+        storage = get_event_storage()
+        storage.put_scalar("rank_data_time", data_time)
+        if comm.is_main_process():
+            means = {name: float(np.mean([v[name] for v, *_ in shared])) for name in values}
+            storage.put_scalar("data_time", max(time for _, time, *_ in shared))
+            storage.put_scalar("total_loss", sum(means.values()))
+            if len(means) > 1:
+                storage.put_scalars(**means)
 
     def _losses(self, batch: list[dict]) -> dict[str, Tensor]:
         if self.amp_dtype is None:

@@ -1,3 +1,4 @@
+import hashlib
 import logging
 import os
 import pickle
@@ -8,9 +9,11 @@ import pytest
 import tiny_coco
 import torch
 from detectron2.modeling import build_model
+from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from lsnet_d2.checkpointer import LSNetCheckpointer, read_weights
+from lsnet_d2.engine import check_proposals, evaluate, load_training_data
 from lsnet_d2.errors import CheckpointError
 
 
@@ -24,7 +27,7 @@ def test_save_that_fails_leaves_the_last_checkpoint(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", fill_the_disk)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(CheckpointError, match=r"cannot write .*model_0000002.pth: No space left"):
         checkpointer.save("model_0000002")
     assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model_0000001.pth"]
     assert checkpointer.find_checkpoint() == str(tmp_path / "model_0000001.pth")
@@ -66,18 +69,60 @@ class _Execute:
         return os.mkdir, (self.target,)
 
 
-@pytest.mark.parametrize("suffix", ["pth", "pkl"])
-def test_weights_are_data(tmp_path, suffix):
+@pytest.mark.parametrize("suffix", ["pth", "pyth", "pkl"])
+@pytest.mark.parametrize("old_format", [False, True])
+def test_weights_are_data(tmp_path, suffix, old_format):
     target, path = str(tmp_path / "executed"), str(tmp_path / f"evil.{suffix}")
-    data = {"model": {"weight": _Execute(target)}, "__author__": "x"}
-    if suffix == "pth":
-        torch.save(data, path)
-    else:
+    data = {"model": {"weight": _Execute(target)}, "model_state": {}, "__author__": "x"}
+    if suffix == "pkl":
         with open(path, "wb") as file:
-            pickle.dump(data, file)
+            pickle.dump(data, file, protocol=2 if old_format else 4)
+    else:
+        torch.save(data, path, _use_new_zipfile_serialization=not old_format)
     with pytest.raises(CheckpointError, match=f"cannot read the weights .*evil.{suffix}"):
         LSNetCheckpointer(nn.Linear(1, 1)).load(path)
     assert not os.path.exists(target)
+
+
+def test_proposals_are_data(tmp_path):
+    target = str(tmp_path / "executed")
+    cfg = tiny_coco.load_tiny_config(tmp_path)
+    cfg.MODEL.LOAD_PROPOSALS = True
+    for key, data in (("TRAIN", _Execute(target)), ("TEST", {"ids": [_Execute(target)]})):
+        path = tmp_path / f"{key}.pkl"
+        path.write_bytes(pickle.dumps(data))
+        cfg.DATASETS.PROPOSAL_FILES_TRAIN = cfg.DATASETS.PROPOSAL_FILES_TEST = ()
+        cfg.DATASETS[f"PROPOSAL_FILES_{key}"] = (str(path),)
+        for check in (check_proposals, load_training_data, evaluate):
+            with pytest.raises(CheckpointError, match=rf"{key}.pkl .*mkdir is not allowed"):
+                check(cfg)
+    assert not os.path.exists(target)
+    path.write_bytes(pickle.dumps({"ids": [1], "boxes": [np.ones((1, 4))], "bbox_mode": 1}))
+    check_proposals(cfg)
+
+
+def test_weights_of_pycls(tmp_path):
+    torch.save({"model_state": {"weight": torch.full((1, 1), 2.0)}}, tmp_path / "w.pyth")
+    model = nn.Linear(1, 1)
+    LSNetCheckpointer(model).load(str(tmp_path / "w.pyth"))
+    assert model.weight.item() == 2
+    torch.save({"weight": torch.ones(1)}, tmp_path / "w.pyth")
+    with pytest.raises(CheckpointError, match="model_state"):
+        LSNetCheckpointer(model).load(str(tmp_path / "w.pyth"))
+
+
+def test_downloads_are_what_their_name_says(tmp_path, monkeypatch):
+    path = tmp_path / "weights.pth"
+    torch.save({"weight": torch.full((1, 1), 2.0), "bias": torch.zeros(1)}, path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setattr(PathManager, "get_local_path", lambda *_, **__: str(path))
+    model = nn.Linear(1, 1)
+    LSNetCheckpointer(model).load(f"https://example.com/net-{digest[:8]}.pth")
+    assert model.weight.item() == 2
+    LSNetCheckpointer(model).load("https://example.com/net.pth")
+    other = "0" * 8 if digest[:8] != "0" * 8 else "1" * 8
+    with pytest.raises(CheckpointError, match=f"net-{other}.pth: what .*SHA-256 {digest}"):
+        LSNetCheckpointer(model).load(f"https://example.com/net-{other}.pth")
 
 
 @pytest.mark.parametrize("content", [b"", b"PK", b"not a checkpoint"])

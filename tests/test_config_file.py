@@ -125,13 +125,53 @@ def test_values_that_the_builders_refuse(key, value, message):
         LSNetTrainer.build_model(cfg)
 
 
-def test_config_file_is_data(tmp_path):
-    path = tmp_path / "evil.yaml"
+@pytest.mark.parametrize(
+    "tag",
+    [
+        "!!python/object/apply:os.mkdir ['{}']",
+        "!!python/object/new:os.mkdir ['{}']",
+        "!!python/object/apply:eval [\"__import__('os').mkdir('{}')\"]",
+    ],
+)
+@pytest.mark.parametrize("through_base", [False, True])
+def test_config_file_is_data(tmp_path, tag, through_base):
     target = tmp_path / "executed"
-    path.write_text(f"OUTPUT_DIR: !!python/object/apply:os.mkdir ['{target}']\nVERSION: 2")
-    with pytest.raises(ConfigError, match="evil.yaml"):
+    (tmp_path / "evil.yaml").write_text(f"OUTPUT_DIR: {tag.format(target)}\nVERSION: 2")
+    (tmp_path / "base.yaml").write_text("_BASE_: [evil.yaml]")
+    (tmp_path / "top.yaml").write_text("_BASE_: base.yaml")
+    path = tmp_path / ("top.yaml" if through_base else "evil.yaml")
+    with pytest.raises(ConfigError, match=rf"{path.name}: not a plain YAML .*python"):
         load_config(str(path))
     assert not target.exists()
+
+
+def test_options_are_data(tmp_path):
+    target = tmp_path / "executed"
+    load_config("", ["MODEL.DEVICE", "cpu", "OUTPUT_DIR", f"__import__('os').mkdir('{target}')"])
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("_BASE_: https://example.com/a.yaml", "a file here, not 'https://example.com/a.yaml'"),
+        ("_BASE_: [detectron2://a.yaml]", "a file here, not 'detectron2://a.yaml'"),
+        ("_BASE_: 3", "a file here, not 3"),
+        ("_BASE_: one.yaml", "leads back"),
+        ("_BASE_: two.yaml", "two.yaml: _BASE_ one.yaml leads back"),
+        ("- 1", "not a config"),
+        ("", "not a config"),
+    ],
+)
+def test_bases_are_files_here(tmp_path, monkeypatch, text, message):
+    def fetch(*_, **__):
+        raise AssertionError("fetched")
+
+    monkeypatch.setattr("urllib.request.urlopen", fetch)
+    (tmp_path / "one.yaml").write_text(text)
+    (tmp_path / "two.yaml").write_text("_BASE_: one.yaml")
+    with pytest.raises(ConfigError, match=message):
+        load_config(str(tmp_path / "one.yaml"))
 
 
 def test_number_of_classes_by_architecture(tmp_path):

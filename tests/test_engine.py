@@ -2,6 +2,7 @@ import argparse
 import json
 import logging
 import math
+import os
 
 import pytest
 import tiny_coco
@@ -82,6 +83,14 @@ def test_schedule_is_that_of_the_batch(tmp_path, monkeypatch):
     cfg = engine.setup(args)
     assert cfg.is_frozen()
     assert (cfg.SOLVER.BASE_LR, cfg.SOLVER.MAX_ITER, cfg.SOLVER.WARMUP_ITERS) == (0.005, 10, 1000)
+
+
+def test_output_that_cannot_be_written():
+    if not os.path.isdir("/proc/self"):
+        pytest.skip("no folder that nobody can write into")
+    opts = ["MODEL.DEVICE", "cpu", "OUTPUT_DIR", "/proc/self"]
+    with pytest.raises(UserError, match="/proc/self: cannot write into this folder"):
+        engine.setup(argparse.Namespace(config_file="", opts=opts))
 
 
 # --- training

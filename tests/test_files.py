@@ -7,7 +7,7 @@ import pytest
 import tiny_coco
 
 from lsnet_d2.errors import UserError
-from lsnet_d2.files import atomic_write, make_folder, require_new_file
+from lsnet_d2.files import atomic_write, make_folder, require_new_file, require_writable
 
 
 def test_make_folder(tmp_path):
@@ -54,3 +54,12 @@ def test_atomic_write_survives_errors_and_kills(tmp_path):
         file.write("new")
     assert path.read_text() == "new"
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_folder_that_cannot_be_written_into(tmp_path):
+    require_writable(tmp_path)
+    assert not os.listdir(tmp_path)
+    if not os.path.isdir("/proc/self"):
+        pytest.skip("no folder that nobody can write into")
+    with pytest.raises(UserError, match="/proc/self: cannot write into this folder: "):
+        require_writable("/proc/self")

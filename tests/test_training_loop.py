@@ -4,7 +4,7 @@ from detectron2.utils.events import EventStorage
 from tiny_model import make_input, tiny_cfg, tiny_model
 from torch import nn
 
-from lsnet_d2.errors import ConfigError
+from lsnet_d2.errors import ConfigError, NonFiniteLossError
 from lsnet_d2.solver import clip_whole_gradient
 from lsnet_d2.training_loop import LSNetTrainLoop, amp_dtype
 
@@ -148,3 +148,50 @@ def test_only_float16_is_scaled():
     for dtype in (None, torch.bfloat16):
         loop, _ = run(Linear(), [1.0], amp_dtype=dtype)
         assert not loop.grad_scaler.is_enabled()
+
+
+class Given(nn.Module):
+    """Loses what the images say."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, batch):
+        values = torch.tensor([image["loss"] for image in batch])
+        return {"loss_a": (values * self.weight).sum(), "loss_b": self.weight.sum()}
+
+
+def images(*losses, start=0):
+    return [{"file_name": f"{start + i}.png", "loss": x} for i, x in enumerate(losses)]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("scale", [None, 1024.0])
+def test_a_loss_that_is_not_finite_stops(value, scale):
+    model = Given()
+    batches = [images(1.0, 2.0), images(1.0, start=2), images(1.0, value, start=3), images(1.0)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loop = LSNetTrainLoop(model, batches, optimizer, accumulation_steps=2)
+    if scale:
+        scaled(loop, scale)
+    with EventStorage() as storage:
+        loop.iter = 0
+        loop.run_step()
+        weight = model.weight.item()
+        loop.iter = 1
+        with pytest.raises(NonFiniteLossError) as error:
+            loop.run_step()
+    assert weight == pytest.approx(1 - 0.1 * 3) and model.weight.item() == weight
+    found = error.value
+    assert found.iteration == 1 and found.file_names == ["3.png", "4.png", "0.png"]
+    assert found.losses.keys() == {"loss_a"}
+    assert str(found).startswith(f"iteration 1: loss_a is {value:g}, for the images 3.png, 4.png,")
+    assert len(storage.history("total_loss").values()) == 1
+
+
+def test_a_loss_of_another_process_stops_this_one(monkeypatch):
+    theirs = ({"loss_a": 1.0}, 0.0, {"loss_a": float("nan")}, ["7.png"])
+    monkeypatch.setattr("detectron2.utils.comm.all_gather", lambda mine: [mine, theirs])
+    with pytest.raises(NonFiniteLossError, match="iteration 0 in process 1: loss_a is nan.* 7.png"):
+        run(Given(), [images(1.0)])

@@ -2,6 +2,7 @@
 """Train and evaluate LSNet, or any of Detectron2's meta-architectures, from a config file."""
 
 import argparse
+import logging
 import sys
 
 import torch
@@ -12,19 +13,27 @@ from lsnet_d2.config_file import load_config, merge_config
 from lsnet_d2.data.annotation_checks import AnnotationError
 from lsnet_d2.engine import LSNetTrainer, evaluate, setup
 from lsnet_d2.errors import ConfigError, UserError, exit_on_user_error
-from lsnet_d2.launching import adopt_torchrun, run_in_group
+from lsnet_d2.launching import (
+    INTERRUPTED,
+    adopt_torchrun,
+    describe_interruption,
+    reporting_once,
+    run_in_group,
+)
 
 
 @exit_on_user_error(AnnotationError)
 def run(args: argparse.Namespace) -> None:
     """What each process does."""
-    cfg = setup(args)
-    if args.eval_only:
-        evaluate(cfg)
-    else:
-        trainer = LSNetTrainer(cfg)
-        trainer.resume_or_load(resume=args.resume)
-        trainer.train()
+    logging.raiseExceptions = False  # a full disk is reported once, not for each line of the log
+    with reporting_once():
+        cfg = setup(args)
+        if args.eval_only:
+            evaluate(cfg)
+        else:
+            trainer = LSNetTrainer(cfg)
+            trainer.resume_or_load(resume=args.resume)
+            trainer.train()
     if torch.distributed.is_initialized():
         # A process that exits before its group has ended its threads may be aborted.
         torch.distributed.destroy_process_group()
@@ -64,9 +73,9 @@ def main() -> None:
     args = default_argument_parser().parse_args()
     torchrun = adopt_torchrun(args)
     check_processes(args)
-    if torchrun:
-        return run_in_group(run, args)
     try:
+        if torchrun:
+            return run_in_group(run, args)
         launch(
             run,
             args.num_gpus,
@@ -75,6 +84,10 @@ def main() -> None:
             dist_url=args.dist_url,
             args=(args,),
         )
+    except KeyboardInterrupt:
+        output = merge_config(args.config_file, args.opts).OUTPUT_DIR
+        print(describe_interruption(output), file=sys.stderr)
+        sys.exit(INTERRUPTED)
     except torch.multiprocessing.ProcessExitedException as error:
         if error.signal_name is None:
             sys.exit(error.exit_code)  # the process has said why

@@ -12,6 +12,7 @@ from detectron2.structures import BoxMode
 
 from ..errors import UserError
 from .extreme_points import as_extreme_points
+from .keypoints import MAX_COORDINATE
 from .polygons import check_form
 
 logger = logging.getLogger(__name__)
@@ -36,9 +37,10 @@ def check_dataset_dicts(
     """Check images and annotations without opening an image: 100,000 images take seconds.
 
     Errors are: a number of classes other than the config's; a missing image file; a class out of
-    range; a box that is not four finite numbers, has no width or height, or lies outside its image
-    (boxes that reach over the border are common, and are clipped later); malformed extreme points;
-    a segmentation of no known form, or an RLE of another size than its image.
+    range; a box that is not four finite numbers, is larger than any image, has no width or height,
+    or lies outside its image (boxes that reach over the border are common, and are clipped later);
+    malformed extreme points; a segmentation of no known form, or an RLE of another size than its
+    image.
 
     Args:
         dataset_dicts: in Detectron2's format; nothing is written into them.
@@ -260,6 +262,7 @@ def box_problems(
 
     x0, y0, x1, y1 = boxes.T
     tests = (
+        (np.abs(boxes).max(axis=1, initial=0) > MAX_COORDINATE, "is beyond all images"),
         (~((x1 > x0) & (y1 > y0)), "has no width or no height"),
         (
             (x0 >= sizes[:, 0]) | (y0 >= sizes[:, 1]) | (x1 <= 0) | (y1 <= 0),

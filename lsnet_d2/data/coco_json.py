@@ -14,7 +14,7 @@ from pycocotools import mask as mask_util
 
 from .annotation_checks import AnnotationError, raise_problems
 from .extreme_points import extreme_points, side_midpoints
-from .keypoints import check_triples, skeleton_metadata
+from .keypoints import check_triples, is_finite, skeleton_metadata
 from .polygons import decode_rle, segmentation_to_polygons
 
 logger = logging.getLogger(__name__)
@@ -32,13 +32,15 @@ def read_coco_json(json_file: str | os.PathLike) -> dict[str, Any]:
 
     Raises:
         AnnotationError: see :func:`read_coco_lists`; also when a key that every entry needs is
-            missing, ids are not unique, or a category is not in the list.
+            missing or has a value of another kind, ids are not unique, or a category is not in the
+            list.
     """
     json_file = os.fspath(json_file)
     data = read_coco_lists(json_file)
     for key in _NEEDED:
         entries = data[key]
         raise_problems(json_file, list(entries_lacking_keys(key, entries).values()))
+        raise_problems(json_file, _mistyped_values(key, entries))
         counts = Counter(entry["id"] for entry in entries)
         raise_problems(
             json_file, [f"id {i} occurs {n} times in {key!r}" for i, n in counts.items() if n > 1]
@@ -71,6 +73,8 @@ def read_coco_lists(json_file: str | os.PathLike) -> dict[str, Any]:
         raise AnnotationError(f"{json_file}: {error.strerror or error}") from error
     except ValueError as error:  # of JSON, or of UTF-8
         raise AnnotationError(f"{json_file}: not a complete JSON file: {error}") from error
+    except RecursionError as error:
+        raise AnnotationError(f"{json_file}: lists within lists without end") from error
     if not isinstance(data, dict):
         raise AnnotationError(f"{json_file}: not in COCO's format: a {type(data).__name__}")
     for key in _NEEDED:
@@ -92,6 +96,56 @@ def entries_lacking_keys(key: str, entries: list) -> dict[int, str]:
             which = entry.get("id", f"number {index}") if isinstance(entry, dict) else index
             problems[index] = f"entry {which} of {key!r} has no {', '.join(map(repr, missing))}"
     return problems
+
+
+def _mistyped_values(key: str, entries: list[dict]) -> list[str]:
+    """What is wrong with values that the loader itself uses, a line each."""
+    problems = [
+        f"entry {entry['id']!r} of {key!r}: {name} is {_shown(entry[name])}, not {kind}"
+        for entry in entries
+        for name, (fits, kind) in _KINDS[key].items()
+        if not fits(entry[name])
+    ]
+    if not problems and len({isinstance(entry["id"], str) for entry in entries}) > 1:
+        problems.append(f"some ids of {key!r} are numbers and some are text")
+    return problems
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) < 100 else f"{text[:100]}..."
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, str) or (is_finite(value) and not isinstance(value, bool))
+
+
+def _is_file_name(value: object) -> bool:
+    if not isinstance(value, str) or not value or "\0" in value:
+        return False
+    try:
+        os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _is_size(value: object) -> bool:
+    return is_finite(value) and value >= 1
+
+
+_ID = (_is_id, "a number or text")
+# Keys of the entries whose values are used before the checks of annotations.
+_KINDS = {
+    "images": {
+        "id": _ID,
+        "file_name": (_is_file_name, "the name of a file"),
+        "height": (_is_size, "a size in pixels"),
+        "width": (_is_size, "a size in pixels"),
+    },
+    "annotations": {"id": _ID, "image_id": _ID, "category_id": _ID},
+    "categories": {"id": _ID, "name": (lambda value: isinstance(value, str), "text")},
+}
 
 
 def unknown_category(annotation: dict) -> str:

@@ -1,6 +1,5 @@
 """The skeleton of a data set: names of keypoints, left and right pairs, bones, OKS sigmas."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from ..errors import ConfigError, UserError
 # What a category of a COCO file says about keypoints; the last two are not COCO's own.
 SKELETON_KEYS = ("keypoints", "skeleton", "keypoint_flip_map", "keypoint_oks_sigmas")
 
+MAX_COORDINATE = 2**31  # beyond all images; much more does not fit into a float32
 _SIDES = ("left", "right")
 _BONE_COLOR = (102, 204, 255)
 
@@ -78,7 +78,7 @@ def skeleton_metadata(categories: Sequence[dict]) -> dict[str, Any]:
         if not (
             isinstance(sigmas, list)
             and len(sigmas) == len(names)
-            and all(_is_finite(sigma) and sigma > 0 for sigma in sigmas)
+            and all(is_finite(sigma) and sigma > 0 for sigma in sigmas)
         ):
             raise ValueError(
                 f"the keypoint_oks_sigmas of category {first['name']!r} are not "
@@ -93,12 +93,21 @@ def check_triples(keypoints: Sequence) -> None:
     Raises:
         ValueError: the keypoints of an annotation are not finite triples x, y, visibility.
     """
-    if len(keypoints) % 3 or not all(map(_is_finite, keypoints)):
+    if (
+        not isinstance(keypoints, (list, tuple))
+        or len(keypoints) % 3
+        or not all(map(_is_coordinate, keypoints))
+    ):
         raise ValueError("its keypoints are not finite triples x, y, visibility")
 
 
-def _is_finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+def is_finite(value: object) -> bool:
+    """Whether a value of a JSON file is a number, and finite also as a floating-point number."""
+    return isinstance(value, (int, float)) and abs(value) < 1e308
+
+
+def _is_coordinate(value: object) -> bool:
+    return is_finite(value) and abs(value) < MAX_COORDINATE
 
 
 def _are_pairs(value: object) -> bool:

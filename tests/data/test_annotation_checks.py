@@ -85,6 +85,8 @@ def test_boxes_that_reach_over_the_border_pass(dicts, box):
         ([-30, 10, 30, 20], "outside its image"),
         ([10, 10, float("nan"), 20], "not four finite numbers"),
         ([10, 10, float("inf"), 20], "not four finite numbers"),
+        ([0, 0, 2**63, 20], "beyond all images"),
+        ([-1e300, 0, 2e300, 20], "beyond all images"),
         ([10, 10, 20], "not four finite numbers"),
         ([], "not four finite numbers"),
         (None, "not four finite numbers"),

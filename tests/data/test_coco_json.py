@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import json
 import logging
@@ -125,6 +126,49 @@ def test_missing_file(tmp_path):
         read_coco_json(tmp_path / "gone.json")
     with pytest.raises(AnnotationError, match="Is a directory"):
         read_coco_json(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "value", "message"),
+    [
+        ("images", "id", [1], r"\[1\] of 'images': id is \[1\], not a number or text"),
+        ("images", "id", float("nan"), "id is nan, not a number or text"),
+        ("images", "id", True, "id is True, not a number or text"),
+        ("images", "id", "a", "some ids of 'images' are numbers and some are text"),
+        ("images", "file_name", 3, "9 of 'images': file_name is 3, not the name of a file"),
+        ("images", "file_name", "a\0", "not the name of a file"),
+        ("images", "file_name", "\ud800", "not the name of a file"),
+        ("images", "height", "60", "height is '60', not a size in pixels"),
+        ("images", "width", 0, "width is 0, not a size in pixels"),
+        ("annotations", "image_id", {}, "1 of 'annotations': image_id is {}, not a number"),
+        (
+            "annotations",
+            "category_id",
+            [[2] * 99],
+            r"category_id is \[\[2, 2.*\.\.\., not a number",
+        ),
+        ("categories", "name", None, "of 'categories': name is None, not text"),
+    ],
+)
+def test_values_of_another_kind(tmp_path, data, key, name, value, message):
+    data[key][0][name] = value
+    with pytest.raises(AnnotationError, match=f"(?s)instances.json: .*{message}"):
+        read_coco_json(write(tmp_path, data))
+
+
+@pytest.mark.parametrize("value", [3, 0.5, "abc", {}, [1e300, 1, 2], [1, 2, "2"]])
+def test_keypoints_that_are_none(tmp_path, data, value):
+    data["annotations"][0]["keypoints"] = value
+    message = "annotation 1 of b.jpg: its keypoints are not finite triples"
+    with pytest.raises(AnnotationError, match=message) if value else contextlib.nullcontext():
+        load_lsnet_json(write(tmp_path, data), "images", "own")
+
+
+def test_lists_within_lists(tmp_path):
+    path = tmp_path / "instances.json"
+    path.write_text('{"images": ' + "[" * 100_000)
+    with pytest.raises(AnnotationError, match="instances.json: lists within lists without end"):
+        read_coco_json(path)
 
 
 @pytest.mark.parametrize("text", ["", '{"images": [', "[1, 2", "\x80"])

@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from tiny_coco import run_tool
 from lsnet_d2.checkpointer import LSNetCheckpointer
 from lsnet_d2.config_file import load_config
 from lsnet_d2.errors import ConfigError
+from lsnet_d2.launching import describe_interruption
 
 TOOL = tiny_coco.ROOT / "tools" / "train_net.py"
 spec = importlib.util.spec_from_file_location("train_net", TOOL)
@@ -182,6 +184,63 @@ def test_killed_training_resumes(data, architecture):
     assert f"Starting training from iteration {done + 1}" in result.stdout
     final = torch.load(data / "output" / "model_final.pth", weights_only=True)
     assert final["iteration"] == done + 2
+
+
+def start(data, *opts):
+    """A training without end, in a group of its own."""
+    config = tiny_coco.write_config(data, "LSNet")
+    opts = ["OUTPUT_DIR", data / "output", "SOLVER.MAX_ITER", 100000, "MODEL.DEVICE", "cpu", *opts]
+    return subprocess.Popen(
+        [sys.executable, *map(str, [TOOL, "--config-file", config, *opts])],
+        env=tiny_coco.tool_environment(data),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def test_interrupted_training_says_how_to_go_on(data):
+    """Ctrl-C reaches the workers of the data loader too."""
+    process = start(data, "DATALOADER.NUM_WORKERS", 2)
+    try:
+        deadline = time.time() + 120
+        while not (data / "output" / "model_0000002.pth").exists():
+            assert process.poll() is None and time.time() < deadline
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGINT)
+        _, messages = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    last = data / "output" / (data / "output" / "last_checkpoint").read_text()
+    assert process.returncode == 130, messages
+    assert messages.splitlines()[-1] == (
+        f"interrupted; the same command with --resume goes on from {last}"
+    )
+    assert "Traceback" not in messages
+    assert not list((data / "output").glob(".*.partial"))
+    assert "iteration" in torch.load(last, weights_only=True)
+    assert describe_interruption(str(data)) == f"interrupted before the first checkpoint in {data}"
+
+
+DIVERGING = ["SOLVER.BASE_LR", 1e30, "SOLVER.WARMUP_ITERS", 0, "MODEL.DEVICE", "cpu"]
+DIVERGING += ["SOLVER.MAX_ITER", 50, "SOLVER.CLIP_GRADIENTS.ENABLED", False]
+
+
+def test_diverging_training_is_stopped(data):
+    result = train(data, opts=DIVERGING, architecture="LSNet")
+    assert_user_error(result, "iteration ", "loss_", "for the images", "/train2017/00000000000")
+    assert "Traceback" not in result.stdout
+    assert not list((data / "output").glob("*model*"))
+
+
+@pytest.mark.slow
+def test_diverging_training_of_two_processes_is_stopped(data):
+    args = ["--num-gpus", 2, "--dist-url", "auto"]
+    result = train(data, *args, opts=DIVERGING, architecture="LSNet")
+    assert_user_error(result, "in process ", "loss_", "for the images", "/train2017/00000000000")
+    assert "Traceback" not in result.stdout
+    assert not list((data / "output").glob("*model*"))
 
 
 @pytest.mark.slow

@@ -1,0 +1,45 @@
+"""Random numbers that depend on what they are for, and not on what was drawn before."""
+# ruff: noqa: NPY002  (Detectron2's augmentations draw from numpy's global generator)
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+# What random numbers are for: the second part of their key, after the seed.
+ORDER, AUGMENTATION, STEP, VALIDATION = range(1, 5)
+
+
+def seed_by(*key: int) -> None:
+    """Seed the global generators of torch (of all devices), numpy and Python.
+
+    Args:
+        key: integers from 0, such as a seed, what the numbers are for, and an iteration. Different
+            keys give independent streams.
+    """
+    low, high, for_numpy, for_python = np.random.SeedSequence(key).generate_state(4).tolist()
+    torch.manual_seed(low | (high & 0x7FFFFFFF) << 32)
+    np.random.seed(for_numpy)
+    random.seed(for_python)
+
+
+@contextmanager
+def seeded_by(*key: int) -> Iterator[None]:
+    """Within the block the global generators of the CPU are seeded; after it they go on as before.
+
+    Args:
+        key: as of :func:`seed_by`. Generators of other devices are left alone.
+    """
+    states = torch.get_rng_state(), np.random.get_state(legacy=False), random.getstate()
+    low, high, for_numpy, for_python = np.random.SeedSequence(key).generate_state(4).tolist()
+    torch.default_generator.manual_seed(low | (high & 0x7FFFFFFF) << 32)
+    np.random.seed(for_numpy)
+    random.seed(for_python)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])

@@ -1,0 +1,93 @@
+import importlib.util
+import json
+import os
+import signal
+import time
+from collections import Counter
+
+import pytest
+import tiny_coco
+from PIL import Image
+from tiny_coco import run_tool_here
+
+from lsnet_d2.errors import UserError
+
+TOOL = tiny_coco.ROOT / "tools" / "fuzz_inputs.py"
+spec = importlib.util.spec_from_file_location("fuzz_inputs", TOOL)
+fuzz_inputs = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(fuzz_inputs)
+
+
+def test_damaged_inputs_are_handled_or_refused(monkeypatch, capsys):
+    counts = ["--annotations", 100, "--reports", 40, "--images", 80]
+    status = run_tool_here(monkeypatch, "fuzz_inputs.py", *counts)
+    printed = capsys.readouterr()
+    assert status == 0, printed.err
+    name, _, tried, handled, refused, crashed, hung = (
+        cell.strip() for cell in printed.out.splitlines()[-1].strip("|").split("|")
+    )
+    assert (name, tried, crashed, hung) == ("all", "220", "0", "0")
+    assert int(handled) > 40 and int(refused) > 40
+
+
+def test_inputs_depend_on_the_seed_alone():
+    for part in fuzz_inputs.PARTS:
+        inputs = [fuzz_inputs.make_input(part, 3, number) for number in range(60)]
+        assert inputs == [fuzz_inputs.make_input(part, 3, number) for number in range(60)]
+        assert len(set(inputs)) > 50
+        assert inputs != [fuzz_inputs.make_input(part, 4, number) for number in range(60)]
+        kinds = Counter(kind for kind, _ in inputs)
+        assert len(kinds) >= 5
+
+
+def test_sound_annotations_are_handled(tmp_path):
+    """What is refused is refused for its damage."""
+    (tmp_path / "images").mkdir()
+    for name in ("1.png", "2.png"):
+        Image.new("RGB", fuzz_inputs.SIZE[::-1]).save(tmp_path / "images" / name)
+    (tmp_path / "fuzzed.json").write_text(json.dumps(fuzz_inputs.sound_annotations()))
+    for number in range(4):
+        fuzz_inputs.read_annotations(tmp_path, number)
+        fuzz_inputs.report_annotations(tmp_path, number)
+
+
+def die(folder, number):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hang(folder, number):
+    time.sleep(60)
+
+
+def fail(folder, number):
+    raise ZeroDivisionError
+
+
+def refuse(folder, number):
+    raise UserError(f"{folder / 'fuzzed.img'} is damaged")
+
+
+def refuse_without_a_name(folder, number):
+    raise UserError("something is damaged")
+
+
+@pytest.mark.parametrize(
+    ("read", "outcome", "text"),
+    [
+        (die, "crashed", "the process died: exit code -9"),
+        (hang, "hung", "no answer in 0.5 seconds"),
+        (fail, "crashed", "ZeroDivisionError"),
+        (refuse, "refused", "is damaged"),
+        (refuse_without_a_name, "crashed", "no file is named: something is damaged"),
+    ],
+)
+def test_outcomes(tmp_path, monkeypatch, read, outcome, text):
+    damage = fuzz_inputs.damage_image
+    monkeypatch.setitem(fuzz_inputs.PARTS, "images", (damage, "fuzzed.img", read))
+    worker = fuzz_inputs.Worker(tmp_path, 0, 0.5)
+    try:
+        for number in (0, 1):  # the second one has a process again
+            found, said = worker.ask("images", number)
+            assert found == outcome and text in said
+    finally:
+        worker.stop()
