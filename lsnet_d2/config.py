@@ -59,6 +59,10 @@ def add_lsnet_config(cfg: CN) -> None:
     # what is none.
     cfg.MODEL.LSNET.POLISH_DECOYS = 12
 
+    # Let maps of outlines teach the first of these features, after two convolutions: of each cell
+    # the classes that cover it, and where the nearest outline is. For models with contours.
+    cfg.MODEL.LSNET.OUTLINE_MAPS = False
+
     # It also predicts how good its landmarks are, as those of each class. Scores of detections are
     # the class's to the power of 1 - share, times the predicted quality to the power of this share.
     cfg.MODEL.LSNET.QUALITY_SHARE_TEST = 0.3
@@ -84,6 +88,8 @@ def add_lsnet_config(cfg: CN) -> None:
     # Those of the third stage, of its landmarks and of the quality that it predicts for them.
     cfg.MODEL.LSNET.POLISH_LOSS_WEIGHT = 0.5
     cfg.MODEL.LSNET.QUALITY_LOSS_WEIGHT = 0.25
+    # Those of the maps of outlines, of what covers a cell and of where an outline is.
+    cfg.MODEL.LSNET.OUTLINE_LOSS_WEIGHTS = [4.0, 0.5]
     # Weights of the losses of corner verification: heat maps, offsets, semantic map.
     cfg.MODEL.LSNET.CPV_LOSS_WEIGHTS = [0.25, 1.0, 0.1]
     # What an object without a labelled keypoint teaches the pose. False: nothing. True: the

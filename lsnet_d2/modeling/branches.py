@@ -23,6 +23,8 @@ from .losses import box_penalty, cross_iou, cross_iou_grouped, cross_iou_per_coo
 _SLIDING_COST = 0.25
 # About the mean of COCO's tolerances of people's keypoints.
 _OKS_SIGMA = 0.07
+# Least and most that the third stage's loss of a contour is multiplied by.
+_SLENDERNESS = 1.0, 4.0
 _TINY = 1e-6
 
 
@@ -87,6 +89,7 @@ class ContourBranch(LandmarkBranch):
     name = "segm"
     pred_field = "pred_contours"
     score_field = "contour_scores"
+    is_outline = True
     # With 36 vertices the released code samples at these; its checkpoints depend on it.
     _SAMPLING = {36: [0, 5, 10, 15, 20, 25, 30, 35]}
     _VERTICES_PER_GROUP = 4
@@ -133,6 +136,10 @@ class ContourBranch(LandmarkBranch):
         )
         straight = length / (lengths + lengths.roll(1, 1)).clamp(min=_TINY)
         return across, 1 - (1 - _SLIDING_COST) * straight
+
+    def displacement_loss(self, landmarks: Tensor, targets: LandmarkTargets) -> Tensor:
+        """Of thin objects the same displacements take more of the area, and cost more."""
+        return _slenderness(targets.landmarks) * super().displacement_loss(landmarks, targets)
 
     def quality(self, landmarks: Tensor, targets: LandmarkTargets) -> Tensor:
         """About the IOU of the areas: what lies between the outlines counts half to either's."""
@@ -251,6 +258,16 @@ class KeypointBranch(LandmarkBranch):
     def rescale_predictions(self, instances: Instances, scale: tuple[float, float]) -> None:
         places = instances.get(self.pred_field)[..., :2]
         self.add_predictions(instances, places * places.new_tensor(scale), self.scores(instances))
+
+
+def _slenderness(contours: Tensor) -> Tensor:
+    """(N,): length of contours (N, P, 2) times their size over area, 1 for squares; limited."""
+    following = contours.roll(-1, 1)
+    length = (following - contours).norm(dim=-1).sum(1)
+    area = _cross(contours, following).sum(1).abs() / 2
+    size = (contours.amax(1) - contours.amin(1)).norm(dim=1)
+    of_square = 4 * 2**0.5
+    return (length * size / (of_square * area.clamp(min=1))).clamp(*_SLENDERNESS)
 
 
 def _cross(a: Tensor, b: Tensor) -> Tensor:

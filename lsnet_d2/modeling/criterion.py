@@ -4,6 +4,7 @@ Letters: B images, A anchor points of all levels together, G objects, K classes,
 branch, N positives.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -20,6 +21,7 @@ from .corner_verification import CornerCriterion
 from .distributed import mean_over_workers
 from .head import HeadOutput
 from .landmarks import LandmarkBranch, LandmarkTargets
+from .outlines import OutlineMaps
 from .points import AnchorPoints, points_in_boxes
 from .polish_criterion import PolishCriterion
 from .samples import BranchSamples, GroundTruth, Matches
@@ -47,6 +49,7 @@ class Criterion:
         ignore_crowd: bool = True,
         corners: CornerCriterion | None = None,
         polish: PolishCriterion | None = None,
+        outline_loss_weights: Sequence[float] = (4.0, 0.5),
     ) -> None:
         """
         Args:
@@ -60,6 +63,7 @@ class Criterion:
                 first branch learns, out of the losses of classes and of corner verification.
             corners: the losses of corner verification, if there is any.
             polish: the losses of the third stage, if there is one.
+            outline_loss_weights: of what covers a cell, and of where the nearest outline is.
         """
         self.branches = branches
         self.strides = strides
@@ -73,6 +77,7 @@ class Criterion:
         self.ignore_crowd = ignore_crowd
         self.corners = corners
         self.polish = polish
+        self.outline_loss_weights = outline_loss_weights
 
     @classmethod
     def from_config(
@@ -95,6 +100,7 @@ class Criterion:
             "ignore_crowd": cfg.MODEL.LSNET.IGNORE_CROWD,
             "corners": CornerCriterion(cfg) if cfg.MODEL.LSNET.CPV else None,
             "polish": PolishCriterion(cfg) if cfg.MODEL.LSNET.POLISH_IN_FEATURES else None,
+            "outline_loss_weights": cfg.MODEL.LSNET.OUTLINE_LOSS_WEIGHTS,
         }
 
     def __call__(
@@ -105,6 +111,7 @@ class Criterion:
         batched_inputs: list[dict],
         *,
         polish: nn.ModuleDict | None = None,
+        outlines: OutlineMaps | None = None,
         fine: list[Tensor] = (),
     ) -> dict[str, Tensor]:
         """Losses by name, each a scalar with its weight.
@@ -113,7 +120,8 @@ class Criterion:
             image_sizes: (height, width) of each image.
             batched_inputs: with ``instances`` and, where there are any, ``ignore_boxes``.
             polish: by name of the branch, its third stage; None: there is none.
-            fine: the feature maps that it looks at.
+            outlines: what teaches the first of ``fine`` where outlines are; None: nothing does.
+            fine: the feature maps that the third stage looks at.
         """
         truth = self.ground_truth(points, image_sizes, batched_inputs)
         assignments = self.assign(points, predictions, truth.targets[0], truth.valid)
@@ -137,6 +145,8 @@ class Criterion:
         if self.polish is not None:
             background = (assigned < 0) & truth.valid & ~truth.ignored
             losses |= self.polish(points, predictions, samples, background, truth, polish, fine)
+        if outlines is not None:
+            losses |= self.outline_losses(outlines, fine[0], truth)
         if self.corners is not None:
             losses |= self.corners(
                 points,
@@ -171,6 +181,7 @@ class Criterion:
             classes=[x.gt_classes for x in instances],
             valid=torch.stack([self.valid_points(points, size) for size in image_sizes]),
             ignored=torch.stack([points_in_boxes(points.xy, boxes) for boxes in regions]),
+            regions=regions,
         )
 
     def targets(self, instances: list[Instances]) -> list[list[LandmarkTargets]]:
@@ -297,3 +308,22 @@ class Criterion:
             _BASE_SCALE * stride,
         )
         return loss.sum()
+
+    def outline_losses(
+        self, outlines: OutlineMaps, feature: Tensor, truth: GroundTruth
+    ) -> dict[str, Tensor]:
+        """Losses of the maps, from the objects that have outlines."""
+        (number,) = (i for i, branch in enumerate(self.branches) if branch.is_outline)
+        targets, present = truth.targets[number], [t.present for t in truth.targets[number]]
+        without = [
+            torch.cat([regions, first.boxes[~known]])
+            for regions, first, known in zip(truth.regions, truth.targets[0], present, strict=True)
+        ]
+        losses = outlines.losses(
+            feature,
+            [t.landmarks[known] for t, known in zip(targets, present, strict=True)],
+            [classes[known] for classes, known in zip(truth.classes, present, strict=True)],
+            without,
+        )
+        weights = zip(losses, self.outline_loss_weights, strict=True)
+        return {name: weight * losses[name] for name, weight in weights}

@@ -83,11 +83,13 @@ class LandmarkBranch(ABC):
             sampled too, and what is missing to nine points are free, learned displacements.
         pred_field: field of ``Instances`` that holds the predicted landmarks.
         score_field: field that holds their scores; "scores" are those of the detections.
+        is_outline: whether the landmarks, one after the other, go around the object.
     """
 
     name: str
     pred_field: str
     score_field = "scores"
+    is_outline = False
 
     def __init__(
         self,

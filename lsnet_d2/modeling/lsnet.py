@@ -15,6 +15,7 @@ from .corner_verification import snap_boxes
 from .criterion import Criterion
 from .head import HeadOutput, LSNetHead
 from .landmarks import LandmarkBranch
+from .outlines import OutlineMaps, build_outline_maps
 from .points import AnchorPoints, make_anchor_points
 from .polish import build_polish
 from .postprocessing import (
@@ -52,6 +53,7 @@ class LSNet(DenseDetector):
         criterion: Criterion,
         polish: nn.ModuleDict | None = None,
         polish_in_features: Sequence[str] = (),
+        outlines: OutlineMaps | None = None,
         test_score_thresh: float = 0.05,
         test_topk_candidates: int = 1000,
         test_nms_thresh: float = 0.6,
@@ -70,6 +72,7 @@ class LSNet(DenseDetector):
             criterion: the losses, for the same branches.
             polish: by name of the branch, what moves its landmarks in a third stage; None: nothing.
             polish_in_features: the backbone's features that it looks at.
+            outlines: what the first of them goes through before, and is taught by; None: nothing.
             test_topk_candidates: points kept per level before NMS.
             test_min_box_area: in square pixels of the original image; detections need more.
             test_quality_share: of the third stage's judgement in scores, as an exponent.
@@ -85,6 +88,7 @@ class LSNet(DenseDetector):
         self.criterion = criterion
         self.polish = polish
         self.polish_in_features = list(polish_in_features)
+        self.outlines = outlines
         self.test_score_thresh = test_score_thresh
         self.test_topk_candidates = test_topk_candidates
         self.test_nms_thresh = test_nms_thresh
@@ -113,6 +117,7 @@ class LSNet(DenseDetector):
             ),
             "polish": build_polish(cfg, shapes, branches),
             "polish_in_features": cfg.MODEL.LSNET.POLISH_IN_FEATURES,
+            "outlines": build_outline_maps(cfg, shapes, branches),
             "test_score_thresh": cfg.MODEL.LSNET.SCORE_THRESH_TEST,
             "test_topk_candidates": cfg.MODEL.LSNET.TOPK_CANDIDATES_TEST,
             "test_nms_thresh": cfg.MODEL.LSNET.NMS_THRESH_TEST,
@@ -140,6 +145,7 @@ class LSNet(DenseDetector):
                 images.image_sizes,
                 batched_inputs,
                 polish=self.polish,
+                outlines=self.outlines,
                 fine=fine,
             )
         results = self.inference(points, predictions, fine, images)
@@ -170,7 +176,10 @@ class LSNet(DenseDetector):
         features = self.backbone(images)
         predictions = self.head([features[name] for name in self.head_in_features])
         points = make_anchor_points(predictions.sizes, self.strides, images.device)
-        return points, predictions, [features[name] for name in self.polish_in_features]
+        fine = [features[name] for name in self.polish_in_features]
+        if self.outlines is not None:
+            fine[0] = self.outlines(fine[0])
+        return points, predictions, fine
 
     def inference(
         self,

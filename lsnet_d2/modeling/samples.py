@@ -20,12 +20,14 @@ class GroundTruth:
         classes: per image (G,).
         valid: (B, A) bool, points on the image and on its own padding.
         ignored: (B, A) bool, points in regions that are neither object nor background.
+        regions: per image (R, 4) XYXY, these regions.
     """
 
     targets: list[list[LandmarkTargets]]
     classes: list[Tensor]
     valid: Tensor
     ignored: Tensor
+    regions: list[Tensor]
 
 
 @dataclass

@@ -11,7 +11,7 @@ from lsnet_d2.modeling.branches import (
     KeypointBranch,
     build_branches,
 )
-from lsnet_d2.modeling.landmarks import LandmarkTargets, span_boxes
+from lsnet_d2.modeling.landmarks import LandmarkBranch, LandmarkTargets, span_boxes
 from lsnet_d2.modeling.vectors import encode_vectors
 
 
@@ -270,3 +270,19 @@ def test_order_in_a_mirrored_image_is_that_of_the_released_code(parity, branch, 
     points[..., 0] = recorded["img_hw"][1] - points[..., 0]
     expected = recorded[f"test.horizontal.{mirrored}"].unflatten(1, (-1, 2))
     parity.absolute("landmarks of a mirrored image", points, expected, within=1e-4, unit="px")
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "factor"),
+    [(20, 20, 1), (40, 10, 100 * 17**0.5 / (32**0.5 * 40)), (100, 1, 4), (5, 5, 1)],
+)
+def test_errors_of_thin_contours_cost_more(width, height, factor):
+    """Length times diagonal over area, relative to a square's, but no more than four times."""
+    branch = ContourBranch(num_points=8)
+    x = torch.tensor([0.5, 0, 0, 0, 0.5, 1, 1, 1]) * width
+    y = torch.tensor([0, 0, 0.5, 1, 1, 1, 0.5, 0]) * height
+    contour = torch.stack([x, y], dim=1)[None]
+    targets = branch.targets(Instances((200, 200), gt_contours=contour))
+    found = branch.displacement_loss(contour + 1, targets)
+    plain = LandmarkBranch.displacement_loss(branch, contour + 1, targets)
+    torch.testing.assert_close(found, factor * plain)

@@ -156,6 +156,7 @@ class TestDecoys:
             classes=[],
             valid=background,
             ignored=~background,
+            regions=[],
         )
         predictions = HeadOutput(scores, [vectors], [vectors], [(4, 4)])
         first = BranchSamples(branch, vectors[0], None, None, None)

@@ -1,0 +1,162 @@
+import math
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.utils.events import EventStorage
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_model import make_input, tiny_model
+
+from lsnet_d2.modeling import outlines
+from lsnet_d2.modeling.outlines import (
+    OutlineMaps,
+    cells_inside,
+    classes_of_cells,
+    nearest_outline,
+)
+
+SIZE = 13, 17
+BOXES = [[10, 12, 60, 70], [70, 20, 120, 90], [30, 40, 44, 60]]
+LSNET = {"TASK": "segm", "POLISH_IN_FEATURES": ["p3", "p4"], "OUTLINE_MAPS": True}
+
+
+def random_contours(seed, objects=4, vertices=9):
+    """Some reach over the border of the map, and most cross themselves."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.tensor([4.0 * SIZE[1], 4.0 * SIZE[0]])
+    return (torch.rand(objects, vertices, 2, generator=generator) * 1.4 - 0.2) * scale
+
+
+@given(st.integers(0, 10_000))
+def test_inside_as_opencv_has_it(seed):
+    contours = random_contours(seed)
+    found = cells_inside(contours, SIZE, 4)
+    for contour, cells in zip(contours, found, strict=True):
+        fine = 64  # OpenCV fills whole pixels: away from the outline both agree
+        points = np.round(contour.numpy() / 4 * fine).astype(np.int32)
+        shape = SIZE[0] * fine, SIZE[1] * fine
+        mask, line = np.zeros(shape, np.uint8), np.zeros(shape, np.uint8)
+        cv2.fillPoly(mask, [points], 1)
+        cv2.polylines(line, [points], True, 1, thickness=5)
+        sure = torch.from_numpy(line[::fine, ::fine] == 0)
+        assert torch.equal(cells[sure], torch.from_numpy(mask[::fine, ::fine] == 1)[sure])
+
+
+def test_squares_of_cells():
+    square = torch.tensor([[8.0, 4.0], [8.0, 12.0], [20.0, 12.0], [20.0, 4.0]])
+    inside = cells_inside(square[None], (5, 7), 4)[0]
+    assert inside.sum() == 2 * 3  # half open: rows 1, 2 and columns 2 to 4
+    hole = torch.tensor([[12.0, 4.0], [12.0, 8.0], [16.0, 8.0], [16.0, 4.0]])
+    bridged = torch.cat([square, square[:1], hole, hole[:1]])
+    assert cells_inside(bridged[None], (5, 7), 4)[0].sum() == 2 * 3 - 1
+
+
+def test_classes_of_cells():
+    contours = torch.tensor(
+        [[[0.0, 0], [0, 8], [8, 8], [8, 0]], [[4, 4], [4, 12], [12, 12], [12, 4]]]
+    )
+    covered = classes_of_cells(contours, torch.tensor([2, 0]), 3, (4, 4), 4)
+    assert covered.sum(dim=(1, 2)).tolist() == [4, 0, 4]
+    assert covered[:, 1, 1].tolist() == [1, 0, 1]  # both
+    assert classes_of_cells(contours[:0], torch.tensor([]).long(), 3, (4, 4), 4).sum() == 0
+
+
+@given(st.integers(0, 10_000))
+def test_nearest_outline_is_that_of_all_segments(seed):
+    contours = random_contours(seed) / 4
+    displacement, near = nearest_outline(4 * contours, SIZE, 4)
+    y, x = torch.meshgrid(torch.arange(SIZE[0]), torch.arange(SIZE[1]), indexing="ij")
+    cells = torch.stack([x, y], dim=-1).view(-1, 2).float()
+    start = contours.flatten(0, 1)
+    along = contours.roll(-1, 1).flatten(0, 1) - start
+    every = torch.stack([outlines._to_segment(cell[None], start, along) for cell in cells])
+    distance = every.norm(dim=2).amin(dim=1).view(SIZE)
+    assert torch.equal(near[distance < 1.499], torch.ones_like(near[distance < 1.499]))
+    assert not near[distance > 1.501].any()
+    torch.testing.assert_close(
+        displacement.norm(dim=2)[near] / 4, distance[near], rtol=1e-4, atol=1e-4
+    )
+    assert displacement[~near].abs().sum() == 0
+
+
+def test_no_outlines():
+    displacement, near = nearest_outline(torch.zeros(0, 36, 2), SIZE, 4)
+    assert not near.any() and displacement.abs().max() == 0
+    assert cells_inside(torch.zeros(0, 36, 2), SIZE, 4).shape == (0, *SIZE)
+
+
+def square_losses(ignored, covering=0.0, displacement=(0.0, 0.0)):
+    """Of constant maps, and a square of three by three cells within eight by eight."""
+    maps = OutlineMaps(64, 2, 4)
+    for layer, value in ((maps.covering, [covering] * 2), (maps.displacement, displacement)):
+        torch.nn.init.zeros_(layer.weight)
+        layer.bias.data.copy_(torch.tensor(value))
+    square = torch.tensor([[[10.0, 10.0], [10.0, 22.0], [22.0, 22.0], [22.0, 10.0]]])
+    feature = torch.zeros(1, 64, 8, 8)
+    losses = maps.losses(
+        feature, [square], [torch.tensor([1])], [torch.tensor(ignored).view(-1, 4)]
+    )
+    return {name: loss.item() for name, loss in losses.items()}
+
+
+def test_losses():
+    covered = 3 * 3 / (2 * 64)  # of all cells and classes
+    loss = square_losses([], covering=2.0)["loss_covering"]
+    one, other = math.log1p(math.exp(-2)), math.log1p(math.exp(2))
+    assert loss == pytest.approx(covered * one + (1 - covered) * other)
+    # nothing is lost where the region leaves only what is right
+    everything_but_inside = [[0, 0, 40, 12], [0, 24, 40, 40], [0, 0, 12, 40], [24, 0, 40, 40]]
+    loss = square_losses(everything_but_inside, covering=30.0)["loss_covering"]
+    assert loss == pytest.approx(30 / 2)  # of the other class
+    # cells lie half a cell from the sides; within one and a half, all of them tell the distance
+    rows = square_losses([[0, 0, 40, 13], [0, 20, 40, 40]], displacement=(0.5, 0.0))
+    assert 0 < rows["loss_outline"] < 1.5
+
+
+def test_maps_teach_the_features_of_the_third_stage():
+    model = tiny_model(**LSNET).train()
+    with EventStorage():
+        losses = model([make_input(BOXES, [0, 1, 2]), make_input([], [])])
+    (losses["loss_covering"] + losses["loss_outline"]).backward()
+    for parameter in (*model.outlines.parameters(), model.backbone.stem.weight):
+        assert parameter.grad.isfinite().all() and parameter.grad.abs().max() > 0
+
+
+def test_objects_without_contours_are_not_background():
+    model = tiny_model(
+        TASK="joint",
+        BRANCHES=["extreme", "contour"],
+        **{key: value for key, value in LSNET.items() if key != "TASK"},
+    ).train()
+    seen = {}
+
+    def losses(feature, contours, classes, ignored):
+        seen.update(contours=contours, classes=classes, ignored=ignored)
+        return {"loss_covering": feature.sum(), "loss_outline": feature.sum()}
+
+    model.outlines.losses = losses
+    image = make_input(BOXES, [0, 1, 2])
+    image["instances"].gt_contours[1] = torch.nan
+    image["ignore_boxes"] = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    with EventStorage():
+        model([image])
+    assert seen["classes"][0].tolist() == [0, 2]
+    assert len(seen["contours"][0]) == 2
+    assert seen["ignored"][0].tolist() == [[1, 2, 3, 4], BOXES[1]]
+
+
+def test_nothing_is_computed_of_the_maps_at_test_time():
+    model = tiny_model(**LSNET).eval()
+    model.outlines.covering.forward = model.outlines.displacement.forward = None
+    with torch.no_grad():
+        model([make_input([], [])])
+
+
+@pytest.mark.parametrize("change", [{"TASK": "bbox"}, {"POLISH_IN_FEATURES": []}])
+def test_what_maps_need(change):
+    with pytest.raises(ValueError, match="OUTLINE_MAPS is True; it needs a task with contours"):
+        tiny_model(**{**LSNET, **change})
+    with pytest.raises(ValueError, match=r"OUTLINE_LOSS_WEIGHTS is \[1.0\]"):
+        tiny_model(**LSNET, OUTLINE_LOSS_WEIGHTS=[1.0])
