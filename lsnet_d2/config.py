@@ -59,9 +59,9 @@ def add_lsnet_config(cfg: CN) -> None:
     # what is none.
     cfg.MODEL.LSNET.POLISH_DECOYS = 12
 
-    # Let maps of outlines teach the first of these features, after two convolutions: of each cell
-    # the classes that cover it, and where the nearest outline is. For models with contours.
-    cfg.MODEL.LSNET.OUTLINE_MAPS = False
+    # Where there are contours, let maps teach the first of these features, after two convolutions:
+    # of each cell the classes that cover it, and where the nearest outline is.
+    cfg.MODEL.LSNET.OUTLINE_MAPS = True
 
     # It also predicts how good its landmarks are, as those of each class. Scores of detections are
     # the class's to the power of 1 - share, times the predicted quality to the power of this share.

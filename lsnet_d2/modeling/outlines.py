@@ -88,23 +88,18 @@ class OutlineMaps(nn.Module):
 def build_outline_maps(
     cfg: CfgNode, shapes: Mapping[str, ShapeSpec], branches: list[LandmarkBranch]
 ) -> OutlineMaps | None:
-    """For ``MODEL.LSNET.OUTLINE_MAPS``; None if it is False.
+    """For ``MODEL.LSNET.OUTLINE_MAPS``; None without it, without contours or without third stage.
 
     Args:
         shapes: of the backbone's features.
 
     Raises:
-        ValueError: no branch has outlines, there is no third stage, or there are not two weights;
-            the message names the key.
+        ValueError: there are not two weights of their losses; the message names the key.
     """
     node = cfg.MODEL.LSNET
-    if not node.OUTLINE_MAPS:
+    outlined = any(branch.is_outline for branch in branches)
+    if not (node.OUTLINE_MAPS and node.POLISH_IN_FEATURES and outlined):
         return None
-    if not node.POLISH_IN_FEATURES or not any(branch.is_outline for branch in branches):
-        raise ValueError(
-            "MODEL.LSNET.OUTLINE_MAPS is True; it needs a task with contours and a third stage "
-            "(MODEL.LSNET.POLISH_IN_FEATURES)"
-        )
     if len(node.OUTLINE_LOSS_WEIGHTS) != 2:
         raise ValueError(
             f"MODEL.LSNET.OUTLINE_LOSS_WEIGHTS is {list(node.OUTLINE_LOSS_WEIGHTS)}; it must have "

@@ -154,9 +154,14 @@ def test_nothing_is_computed_of_the_maps_at_test_time():
         model([make_input([], [])])
 
 
-@pytest.mark.parametrize("change", [{"TASK": "bbox"}, {"POLISH_IN_FEATURES": []}])
+@pytest.mark.parametrize(
+    "change", [{"TASK": "bbox"}, {"POLISH_IN_FEATURES": []}, {"OUTLINE_MAPS": False}]
+)
 def test_what_maps_need(change):
-    with pytest.raises(ValueError, match="OUTLINE_MAPS is True; it needs a task with contours"):
-        tiny_model(**{**LSNET, **change})
+    assert tiny_model(**LSNET).outlines is not None
+    assert tiny_model(**{**LSNET, **change}).outlines is None
+
+
+def test_weights_of_the_maps():
     with pytest.raises(ValueError, match=r"OUTLINE_LOSS_WEIGHTS is \[1.0\]"):
         tiny_model(**LSNET, OUTLINE_LOSS_WEIGHTS=[1.0])
