@@ -150,7 +150,7 @@ def _nearest_on_each_level(
 
 
 def _nearest(places: Tensor, centers: Tensor, units: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The ``count`` points nearest to each centre, nearest first; of equal ones the first.
+    """The ``count`` points nearest to each centre, nearest first; of equally near ones any.
 
     Blocks of points are left out whose bounds are further away than what is found in others. Where
     that does not hold, all points are looked at.
@@ -184,8 +184,7 @@ def _nearest(places: Tensor, centers: Tensor, units: Tensor, count: int) -> tupl
         ]
         bound = beyond[0].square_().add_(beyond[1].square_())
         bound, chosen = bound.topk(looked_at + 1, dim=1, largest=False)
-        # in the order of their numbers, so that of equal points the first is found
-        columns = chosen[:, :-1].sort(dim=1).values[:, :, None] * _BLOCK + within
+        columns = chosen[:, :-1, None] * _BLOCK + within
         columns = torch.cat([columns.flatten(1), last.expand(len(center), -1)], dim=1)
         distance = _distances(places[columns], center, unit)
         distance, index = distance.topk(count, dim=1, largest=False)

@@ -146,7 +146,7 @@ class Criterion:
             background = (assigned < 0) & truth.valid & ~truth.ignored
             losses |= self.polish(points, predictions, samples, background, truth, polish, fine)
         if outlines is not None:
-            losses |= self.outline_losses(outlines, fine[0], truth)
+            losses |= self.outline_losses(outlines, fine[0], image_sizes, truth)
         if self.corners is not None:
             losses |= self.corners(
                 points,
@@ -310,7 +310,11 @@ class Criterion:
         return loss.sum()
 
     def outline_losses(
-        self, outlines: OutlineMaps, feature: Tensor, truth: GroundTruth
+        self,
+        outlines: OutlineMaps,
+        feature: Tensor,
+        image_sizes: list[tuple[int, int]],
+        truth: GroundTruth,
     ) -> dict[str, Tensor]:
         """Losses of the maps, from the objects that have outlines."""
         (number,) = (i for i, branch in enumerate(self.branches) if branch.is_outline)
@@ -321,6 +325,7 @@ class Criterion:
         ]
         losses = outlines.losses(
             feature,
+            image_sizes,
             [t.landmarks[known] for t, known in zip(targets, present, strict=True)],
             [classes[known] for classes, known in zip(truth.classes, present, strict=True)],
             without,

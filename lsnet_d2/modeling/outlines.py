@@ -15,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
+from detectron2.utils import comm
 from torch import Tensor, nn
 
 from .assigners import lowest_cost
 from .blocks import ConvNormAct, same_conv, set_prior
+from .distributed import mean_over_workers
 from .landmarks import LandmarkBranch
 from .points import make_anchor_points, points_in_boxes
 
@@ -51,12 +53,18 @@ class OutlineMaps(nn.Module):
         return self.convs(feature)
 
     def losses(
-        self, feature: Tensor, contours: list[Tensor], classes: list[Tensor], ignored: list[Tensor]
+        self,
+        feature: Tensor,
+        image_sizes: list[tuple[int, int]],
+        contours: list[Tensor],
+        classes: list[Tensor],
+        ignored: list[Tensor],
     ) -> dict[str, Tensor]:
-        """How far the maps are off, by name: means over cells.
+        """How far the maps are off, by name: means over the cells of all processes.
 
         Args:
             feature: (B, C, H, W), of :meth:`forward`.
+            image_sizes: (height, width) of each image, without padding.
             contours: per image (G, P, 2) in pixels of the network's input.
             classes: per image (G,).
             ignored: per image (R, 4) XYXY, regions in which nothing is known.
@@ -64,9 +72,15 @@ class OutlineMaps(nn.Module):
         feature = feature.float()
         covering = self.covering(feature)
         displacement = self.displacement(feature).permute(0, 2, 3, 1)
-        images, num_classes, *size = covering.shape
+        num_classes, *size = covering.shape[1:]
         cells = make_anchor_points([tuple(size)], [self.stride], feature.device).xy
-        known = torch.stack([~points_in_boxes(cells, regions).view(size) for regions in ignored])
+        known = torch.stack(
+            [
+                ~points_in_boxes(cells, regions)
+                & (cells < cells.new_tensor([width, height])).all(1)
+                for regions, (height, width) in zip(ignored, image_sizes, strict=True)
+            ]
+        ).unflatten(1, size)
         covered = torch.stack(
             [
                 classes_of_cells(outlines, labels, num_classes, size, self.stride)
@@ -110,7 +124,8 @@ def build_outline_maps(
 
 
 def _mean(values: Tensor, counted: Tensor) -> Tensor:
-    return (values * counted).sum() / counted.sum().clamp(min=1)
+    count = mean_over_workers(counted.sum().float()).clamp(min=1 / comm.get_world_size())
+    return (values * counted).sum() / count
 
 
 def classes_of_cells(

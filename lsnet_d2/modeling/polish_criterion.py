@@ -9,7 +9,6 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
-from detectron2.utils import comm
 from torch import Tensor, nn
 
 from .assigners import pairwise_iou_inverted
@@ -78,7 +77,7 @@ class PolishCriterion:
         losses = {}
         for found, dense in zip(samples, predictions.refine, strict=True):
             if self.positives:
-                found = few_samples(found, self.positives)
+                found = few_samples(found, self.positives, len(background))
             known = decoys[_teaching(decoys, found.targets)]
             vectors = dense[known.image, known.point].to(found.vectors)
             losses |= self.branch_losses(
@@ -183,15 +182,19 @@ def _teaching(matches: Matches, targets: LandmarkTargets) -> Tensor:
     return teaching
 
 
-def few_samples(samples: BranchSamples, count: int) -> BranchSamples:
-    """At most ``count`` samples of each object, chosen at random."""
+def few_samples(samples: BranchSamples, count: int, num_images: int) -> BranchSamples:
+    """At most ``count`` samples of each object, chosen at random.
+
+    They are the new normalizer, at least one an image.
+    """
     kept = few_of_each(samples.positives.object, count)
-    total = mean_over_workers(kept.new_tensor(len(kept), dtype=torch.float32))
+    positives = samples.positives[kept]
+    per_image = torch.bincount(positives.image, minlength=num_images)
     return replace(
         samples,
         vectors=samples.vectors[kept],
-        positives=samples.positives[kept],
-        normalizer=total.clamp(min=1 / comm.get_world_size()),
+        positives=positives,
+        normalizer=mean_over_workers(per_image.clamp(min=1).sum().float()),
     )
 
 

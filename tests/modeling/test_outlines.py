@@ -87,7 +87,7 @@ def test_no_outlines():
     assert cells_inside(torch.zeros(0, 36, 2), SIZE, 4).shape == (0, *SIZE)
 
 
-def square_losses(ignored, covering=0.0, displacement=(0.0, 0.0)):
+def square_losses(ignored, covering=0.0, displacement=(0.0, 0.0), image=(32, 32)):
     """Of constant maps, and a square of three by three cells within eight by eight."""
     maps = OutlineMaps(64, 2, 4)
     for layer, value in ((maps.covering, [covering] * 2), (maps.displacement, displacement)):
@@ -95,9 +95,8 @@ def square_losses(ignored, covering=0.0, displacement=(0.0, 0.0)):
         layer.bias.data.copy_(torch.tensor(value))
     square = torch.tensor([[[10.0, 10.0], [10.0, 22.0], [22.0, 22.0], [22.0, 10.0]]])
     feature = torch.zeros(1, 64, 8, 8)
-    losses = maps.losses(
-        feature, [square], [torch.tensor([1])], [torch.tensor(ignored).view(-1, 4)]
-    )
+    regions = torch.tensor(ignored).view(-1, 4)
+    losses = maps.losses(feature, [image], [square], [torch.tensor([1])], [regions])
     return {name: loss.item() for name, loss in losses.items()}
 
 
@@ -113,6 +112,13 @@ def test_losses():
     # cells lie half a cell from the sides; within one and a half, all of them tell the distance
     rows = square_losses([[0, 0, 40, 13], [0, 20, 40, 40]], displacement=(0.5, 0.0))
     assert 0 < rows["loss_outline"] < 1.5
+
+
+def test_padding_of_a_batch_counts_nothing():
+    alone = square_losses([], covering=2.0, displacement=(1.0, 0.0), image=(24, 28))
+    cut = square_losses([[0, 24, 99, 99], [28, 0, 99, 99]], covering=2.0, displacement=(1.0, 0.0))
+    assert alone == pytest.approx(cut)
+    assert alone != square_losses([], covering=2.0, displacement=(1.0, 0.0))
 
 
 def test_maps_teach_the_features_of_the_third_stage():
@@ -132,7 +138,7 @@ def test_objects_without_contours_are_not_background():
     ).train()
     seen = {}
 
-    def losses(feature, contours, classes, ignored):
+    def losses(feature, image_sizes, contours, classes, ignored):
         seen.update(contours=contours, classes=classes, ignored=ignored)
         return {"loss_covering": feature.sum(), "loss_outline": feature.sum()}
 

@@ -42,12 +42,14 @@ def test_thinned_samples_stay_together():
         targets=None,
         normalizer=torch.tensor(6.0),
     )
-    few = few_samples(samples, 2)
+    few = few_samples(samples, 2, 18)
     kept = few.vectors[:, 0, 0]
     assert torch.equal(few.positives.image, kept + 10)
     assert torch.equal(few.positives.point, kept + 20)
     assert few.positives.object.sort().values.tolist() == [0, 0, 1, 2, 2]
-    assert few.normalizer == 5
+    # of the images 10 to 15 all that are left have a sample, and those before and after count one
+    chosen = len(few.positives.image.unique())
+    assert few.normalizer == 5 + 18 - chosen
 
 
 class TestLosses:
