@@ -251,8 +251,11 @@ def onnx_translations() -> dict[Callable, Callable]:
     }
 
 
-def load_onnx(data: bytes) -> Callable[[Tensor], tuple[Tensor, ...]]:
+def load_onnx(data: bytes, *, threads: int = 0) -> Callable[[Tensor], tuple[Tensor, ...]]:
     """A function like :class:`DetectingModule` that ONNX Runtime computes on the CPU.
+
+    Args:
+        threads: that compute; 0: as many as ONNX Runtime chooses.
 
     Raises:
         UserError: ONNX Runtime is missing, or too old for an operator of the model.
@@ -262,7 +265,10 @@ def load_onnx(data: bytes) -> Callable[[Tensor], tuple[Tensor, ...]]:
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is missing: pip install -e '.[export]'") from error
     try:
-        session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        providers = ["CPUExecutionProvider"]
+        session = onnxruntime.InferenceSession(data, options, providers=providers)
     except onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented as error:
         raise UserError(f"onnxruntime {onnxruntime.__version__} is too old: {error}") from error
     return lambda image: tuple(map(torch.from_numpy, session.run(None, {"image": image.numpy()})))

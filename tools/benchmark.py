@@ -35,6 +35,8 @@ MODELS = {
 }
 # Ours in the names of ratios, which are ours over another: less is better.
 OURS = {"lsnet": "", "lsnet_conv_tower": "_conv_tower"}
+# Models that are exported to ONNX.
+EXPORTED = {"lsnet": "LSNet", "joint": "joint LSNet"}
 METRICS = ("inference", "train_step", "train_memory")
 DATA_RATIOS = (
     ("rle", "bitmaps"),
@@ -73,7 +75,8 @@ def measure(settings: dict, kind: str, name: str) -> dict:
 
 
 def run_rounds(settings: dict, run: Measure = measure) -> list[dict[str, dict]]:
-    """The figures of each round, by model; on the CPU under "data" those of data and evaluation."""
+    """The figures of each round, by model; on the CPU under "data" those of data and evaluation,
+    and under "exported" those of models in ONNX Runtime."""
     rounds = []
     for number in range(1, settings["rounds"] + 1):
         figures: dict[str, dict] = {name: {} for name in settings["models"]}
@@ -84,6 +87,10 @@ def run_rounds(settings: dict, run: Measure = measure) -> list[dict[str, dict]]:
         if settings["device"] == "cpu":
             say(f"round {number} of {settings['rounds']}: data")
             figures["data"] = run(settings, "data", "data")
+            figures["exported"] = {}
+            for name in EXPORTED:
+                say(f"round {number} of {settings['rounds']}: ONNX Runtime, {EXPORTED[name]}")
+                figures["exported"][name] = run(settings, "exported", name)
         rounds.append(figures)
     return rounds
 
@@ -108,12 +115,14 @@ def ratios(figures: dict[str, dict]) -> dict[str, float]:
     """Ours over the others' in one round, as far as the models are there."""
     found = {}
     for name, suffix in OURS.items():
-        for other in figures.keys() - OURS.keys() - {"data"} if name in figures else ():
+        for other in figures.keys() - OURS.keys() - {"data", "exported"} if name in figures else ():
             for metric in METRICS:
                 value = figures[name][metric] / figures[other][metric]
                 found[f"{metric}{suffix}/{other}"] = value
     for ours, other in DATA_RATIOS if "data" in figures else ():
         found[f"{ours}/{other}"] = figures["data"][ours] / figures["data"][other]
+    for name, times in figures.get("exported", {}).items():
+        found[f"onnx/pytorch, {name}"] = times["onnx"] / times["pytorch"]
     return dict(sorted(found.items()))
 
 
@@ -121,8 +130,8 @@ def summarize(rounds: list[dict[str, dict]]) -> dict:
     """Medians over rounds. A ratio is the median of each round's: what slows down a whole round
     does not count."""
     summary = medians(rounds)
-    data = summary.pop("data", {})
-    return {"models": summary, "data": data, "ratios": medians([ratios(r) for r in rounds])}
+    rest = {key: summary.pop(key, {}) for key in ("data", "exported")}
+    return {"models": summary, **rest, "ratios": medians([ratios(r) for r in rounds])}
 
 
 def tables(summary: dict) -> str:
@@ -150,6 +159,10 @@ def tables(summary: dict) -> str:
         lines += ["", "| data and evaluation | ms |", "| --- | --- |"]
         lines += [f"| {name} | {1000 * value:.1f} |" for name, value in data.items()]
         lines += ["", f"Targets of 1,000 objects take at most {targets_memory / 1e6:.0f} MB more."]
+    if exported := summary["exported"]:
+        lines += ["", "| seconds an image | ONNX Runtime | PyTorch |", "| --- | --- | --- |"]
+        for name, times in exported.items():
+            lines.append(f"| {EXPORTED[name]} | {times['onnx']:.3g} | {times['pytorch']:.3g} |")
     lines += ["", "| ratio | |", "| --- | --- |"]
     lines += [f"| {name} | {value:.2f} |" for name, value in summary["ratios"].items()]
     return "\n".join(lines) + "\n"

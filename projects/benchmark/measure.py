@@ -9,6 +9,7 @@ import contextlib
 import json
 import statistics
 from collections import defaultdict
+from pathlib import Path
 
 import cv2
 import torch
@@ -19,9 +20,14 @@ from gauges import CPU, PeakMemory, now, seconds
 from inputs import model_inputs
 from torch import nn
 
+from lsnet_d2.export import DetectingModule, export_onnx, load_onnx
 from lsnet_d2.modeling import LSNet
 from lsnet_d2.modeling.blocks import Tower
 from lsnet_d2.modeling.head import SampledPredictor
+
+ROOT = Path(__file__).resolve().parents[2]
+# What is exported besides the LSNet of the benchmark.
+EXPORTED = {"joint": "configs/joint/lsnet_R_50_FPN_1x.yaml"}
 
 
 def precision(args: argparse.Namespace) -> contextlib.AbstractContextManager:
@@ -149,9 +155,25 @@ def stages(model: LSNet, inputs: list[dict], device: torch.device = CPU) -> dict
     }
 
 
+@torch.inference_mode()
+def exported(name: str, args: argparse.Namespace) -> dict:
+    """Latency of an image in ONNX Runtime and in PyTorch, of one model on the CPU."""
+    config_file = args.config_file if name == "lsnet" else str(ROOT / EXPORTED[name])
+    (image,) = model_inputs(1, *args.size)
+    model = build("lsnet", config_file, image)
+    module = DetectingModule(model)
+    run = load_onnx(export_onnx(model, {}), threads=args.threads)
+    result = {}
+    for key, function in (("onnx", run), ("pytorch", module)):
+        function(image["image"])
+        result[key] = seconds(lambda f=function: f(image["image"]), args.repeats)
+    return result
+
+
 KINDS = {
     "inference": inference,
     "training": training,
+    "exported": exported,
     "data": lambda _name, args: data(args.repeats),
 }
 
@@ -159,7 +181,7 @@ KINDS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kind", choices=list(KINDS))
-    parser.add_argument("name", choices=["data", *DETECTORS])
+    parser.add_argument("name", choices=["data", *DETECTORS, *EXPORTED])
     parser.add_argument("--settings", type=json.loads, required=True, help="of the benchmark")
     parsed = parser.parse_args()
     args = argparse.Namespace(**parsed.settings)

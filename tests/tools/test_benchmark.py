@@ -52,6 +52,8 @@ class Machine:
                 **{"targets_10": 0.1, "targets_1000": 0.5, "targets_memory": 2e8},
                 **{"evaluation": 1.0, "pycocotools": 8.0},
             }
+        if kind == "exported":
+            return {"onnx": 3.0 * slow, "pytorch": 2.0 * slow}
         value = SECONDS[name] * slow
         if kind == "training":
             return {"train_step": 3 * value, "train_memory": 1e9 * SECONDS[name]}
@@ -71,8 +73,9 @@ def test_models_take_turns(fake):
     rounds = tool.run_rounds({**SETTINGS, "rounds": 2}, fake)
     names = list(SECONDS)
     one_round = [(kind, name) for kind in ("inference", "training") for name in names]
-    assert fake.calls == 2 * [*one_round, ("data", "data")]
-    assert [list(figures) for figures in rounds] == 2 * [[*names, "data"]]
+    rest = [("data", "data"), ("exported", "lsnet"), ("exported", "joint")]
+    assert fake.calls == 2 * [*one_round, *rest]
+    assert [list(figures) for figures in rounds] == 2 * [[*names, "data", "exported"]]
 
 
 def test_a_slow_round_does_not_count(fake):
@@ -115,7 +118,11 @@ def test_report(fake, tmp_path):
     host = {"device": "Abacus", "torch": "2"}
     text = tool.write_report(tmp_path, SETTINGS, host, tool.run_rounds(SETTINGS, fake))
     content = json.loads((tmp_path / "bench.json").read_text())
-    assert set(content) == {"settings", "machine", "models", "data", "ratios", "rounds"}
+    assert set(content) == {
+        *("settings", "machine", "models", "data", "exported", "ratios", "rounds")
+    }
+    assert content["ratios"]["onnx/pytorch, joint"] == 1.5
+    assert "| joint LSNet | 3 | 2 |" in text
     assert content["ratios"].keys() >= RATIOS
     assert content["settings"] == SETTINGS
     assert len(content["rounds"]) == 3

@@ -120,3 +120,10 @@ class TestTraining:
         monkeypatch.setattr(measure, "build", lambda *_, **__: Broken(1, 1))
         with pytest.raises(FloatingPointError, match="the loss is nan"):
             measure.training("lsnet", settings)
+
+
+@pytest.mark.slow
+def test_exported_models_are_timed(settings):
+    settings.threads = 1
+    result = measure.exported("lsnet", settings)
+    assert result["onnx"] > 0 and result["pytorch"] > 0
