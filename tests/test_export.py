@@ -85,7 +85,7 @@ def marked(models):
 @pytest.mark.parametrize("lsnet", marked(MODELS))
 def test_onnx_finds_what_the_model_finds(lsnet):
     model = make_model(**lsnet)
-    run = load_onnx(export_onnx(model, {}))
+    run = load_onnx(export_onnx(model, {}), threads=1)
     for size in [*SIZES, (40, 70)]:
         assert_same(model, run, noise(*size))
     # Nothing is found where no score is high enough: none of a black image is.
@@ -102,7 +102,7 @@ def test_nothing_found():
         model.test_score_thresh = 1.001 * module(black)[1].max().item()
         expected = module(image)
     assert len(expected[1]) > 0
-    run = load_onnx(export_onnx(model, {}))
+    run = load_onnx(export_onnx(model, {}), threads=1)
     shapes = [x.shape for x in run(black)]
     assert shapes == [(0, 4), (0,), (0,), (0, 4, 2), (0, 36, 2), (0,), (0, 5, 3), (0,)]
     assert_same(model, run, image, at_least=1)
@@ -134,7 +134,7 @@ def test_shipped_configs(config):
     """With random weights, made such that there is something to find, on photos."""
     first, *_ = images = [photo(i, size) for i, size in enumerate(CONFIGS[config])]
     model = detectors.build("lsnet", str(ROOT / config), {"image": first})
-    run = load_onnx(export_onnx(model, {}))
+    run = load_onnx(export_onnx(model, {}), threads=1)
     for image in images:
         found = assert_same(model, run, image)
         print(config, tuple(image.shape), found)  # with -s, the differences of the documentation
