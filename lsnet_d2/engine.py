@@ -1,6 +1,5 @@
 """The trainer: Detectron2's, with our mapper, checks, checkpoints and gradient clipping."""
 
-import argparse
 import logging
 import os
 import weakref
@@ -8,35 +7,19 @@ from collections.abc import Callable
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import (
-    DatasetMapper,
-    MetadataCatalog,
-    build_detection_test_loader,
-    get_detection_dataset_dicts,
-)
-from detectron2.data.build import filter_images_with_only_crowd_annotations
-from detectron2.engine import (
-    DefaultTrainer,
-    HookBase,
-    create_ddp_model,
-    default_setup,
-)
+from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.engine.hooks import EvalHook, IterationTimer, LRScheduler, PeriodicWriter, PreciseBN
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
-from .checkpointer import AVERAGED, LSNetCheckpointer, require_plain_pickle
-from .config_file import classes_key, load_config, num_classes, reporting_config_errors
-from .data.annotation_checks import check_dataset_dicts
+from .checkpointer import AVERAGED, LSNetCheckpointer
+from .config_file import reporting_config_errors
 from .data.catalog import reporting_data_errors
-from .data.dataset_mapper import LSNetDatasetMapper
-from .data.train_loader import TrainingLoader, sampler_maker
-from .errors import ConfigError, UserError
+from .data.train_loader import TrainingLoader
+from .errors import ConfigError
 from .evaluation import build_evaluator
-from .files import require_writable
 from .hooks import (
     BestMetric,
     CheckpointOfAverage,
@@ -45,155 +28,23 @@ from .hooks import (
     WeightCheck,
     refuse_other_average,
 )
+from .loaders import (
+    build_test_loader,
+    build_train_loader,
+    build_validation_loaders,
+    check_batch,
+    check_proposals,
+    check_test_data,
+)
 from .modeling import LSNetWithTTA
 from .modeling.test_time_augmentation import keep_image_sizes
-from .seeding import STEP, seed_by
-from .solver import build_optimizer, scale_schedule
+from .seeding import STEP, seed_by, with_seed
+from .solver import build_optimizer
 from .stopping import StoppableTrainer
-from .training_loop import LSNetTrainLoop, amp_dtype
-from .validation_loss import (
-    ValidationLoader,
-    loss_normalizers,
-    set_loss_normalizers,
-    validation_losses,
-    validation_mapper,
-)
+from .training_loop import LSNetTrainLoop, amp_dtype, wrap_distributed
+from .validation_loss import loss_normalizers, set_loss_normalizers, validation_losses
 
 logger = logging.getLogger(__name__)
-
-
-def setup(args: argparse.Namespace) -> CfgNode:
-    """Config, log files and random seeds of a run.
-
-    Args:
-        args: of ``detectron2.engine.default_argument_parser``.
-
-    Returns:
-        The frozen config, with a device that exists and the schedule of its batch
-        (:func:`lsnet_d2.solver.scale_schedule`).
-
-    Raises:
-        ConfigError: see :func:`lsnet_d2.config_file.load_config`.
-        UserError: nothing can be written into ``OUTPUT_DIR``.
-    """
-    cfg = load_config(args.config_file, args.opts)
-    try:
-        os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"OUTPUT_DIR {cfg.OUTPUT_DIR}: {error.strerror}") from error
-    require_writable(cfg.OUTPUT_DIR)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="lsnet_d2")
-    scale_schedule(cfg, given=args.opts[::2])
-    cfg.freeze()
-    default_setup(cfg, args)
-    logger.info("Running on device %s", cfg.MODEL.DEVICE)
-    return cfg
-
-
-def build_mapper(cfg: CfgNode, is_train: bool) -> Callable[[dict], dict | None]:
-    """The dataset mapper that the meta-architecture of the config needs.
-
-    Raises:
-        ConfigError: the model has keypoints, and a data set to train on has none.
-    """
-    if cfg.MODEL.KEYPOINT_ON and is_train:
-        for name in cfg.DATASETS.TRAIN:
-            if not MetadataCatalog.get(name).get("keypoint_names"):
-                raise ConfigError(
-                    f"MODEL.KEYPOINT_ON is True, but the metadata of {name} have no keypoint_names"
-                )
-    elif cfg.MODEL.KEYPOINT_ON:
-        # Detectron2's mapper asks for the keypoints of DATASETS.TRAIN, which need not be here.
-        cfg = cfg.clone()
-        cfg.defrost()
-        cfg.MODEL.KEYPOINT_ON = False
-    mapper = LSNetDatasetMapper if cfg.MODEL.META_ARCHITECTURE == "LSNet" else DatasetMapper
-    return mapper(cfg, is_train)
-
-
-def load_training_data(cfg: CfgNode) -> list[dict]:
-    """The dataset dicts of ``DATASETS.TRAIN``, filtered as Detectron2 does it, and checked.
-
-    Raises:
-        UserError: a file is missing or broken, or no object is left to learn.
-        AnnotationError: see :func:`lsnet_d2.data.annotation_checks.check_dataset_dicts`.
-    """
-    names = list(cfg.DATASETS.TRAIN)
-    if not names:
-        raise ConfigError("DATASETS.TRAIN is empty")
-    check_proposals(cfg)
-    with reporting_data_errors(names):
-        dicts = get_detection_dataset_dicts(
-            names,
-            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-            min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
-            if cfg.MODEL.KEYPOINT_ON
-            else 0,
-            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
-        )
-    checked = check_dataset_dicts(
-        dicts,
-        num_classes=num_classes(cfg),
-        dataset_name=names,
-        num_classes_key=classes_key(cfg),
-        on_invalid=cfg.DATASETS.INVALID_ANNOTATIONS,
-        need_extreme_points=cfg.INPUT.EXTREME_POINTS == "annotation",
-    )
-    if checked is dicts:
-        return dicts
-    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
-        checked = filter_images_with_only_crowd_annotations(checked)
-    if not any(record["annotations"] for record in checked):
-        raise UserError(
-            f"data set {', '.join(names)}: no annotation is left without those that were dropped "
-            "(DATASETS.INVALID_ANNOTATIONS is 'drop')"
-        )
-    return checked
-
-
-def check_proposals(cfg: CfgNode) -> None:
-    """
-    Raises:
-        CheckpointError: a file of proposals, which Detectron2 unpickles, holds more than data.
-    """
-    if cfg.MODEL.LOAD_PROPOSALS:
-        for file in (*cfg.DATASETS.PROPOSAL_FILES_TRAIN, *cfg.DATASETS.PROPOSAL_FILES_TEST):
-            require_plain_pickle(file)
-
-
-def check_test_data(cfg: CfgNode, name: str) -> None:
-    """Find what would stop the evaluation on a data set, before hours of training.
-
-    Raises:
-        UserError: a file of annotations is missing or broken.
-        AnnotationError: the number of classes is not the config's, or image files are missing.
-    """
-    with reporting_data_errors([name]):
-        dicts = get_detection_dataset_dicts([name], filter_empty=False)
-    check_dataset_dicts(
-        [{"file_name": record["file_name"]} for record in dicts],
-        num_classes=num_classes(cfg),
-        dataset_name=name,
-        num_classes_key=classes_key(cfg),
-    )
-
-
-def load_validation_data(cfg: CfgNode, name: str) -> list[dict]:
-    """The dataset dicts of a data set whose losses are computed, checked like those to learn from.
-
-    Raises:
-        UserError, AnnotationError: see :func:`load_training_data`.
-    """
-    with reporting_data_errors([name]):
-        dicts = get_detection_dataset_dicts([name], filter_empty=False)
-    return check_dataset_dicts(
-        dicts,
-        num_classes=num_classes(cfg),
-        dataset_name=name,
-        num_classes_key=classes_key(cfg),
-        on_invalid=cfg.DATASETS.INVALID_ANNOTATIONS,
-        need_extreme_points=cfg.INPUT.EXTREME_POINTS == "annotation",
-    )
 
 
 class LSNetTrainer(DefaultTrainer, StoppableTrainer):
@@ -216,7 +67,7 @@ class LSNetTrainer(DefaultTrainer, StoppableTrainer):
     def __init__(self, cfg: CfgNode) -> None:
         """
         Args:
-            cfg: as :func:`setup` returns it.
+            cfg: as :func:`lsnet_d2.run_setup.setup` returns it.
         """
         # The steps are DefaultTrainer's; it has no place to put another wrapper or checkpointer.
         super(DefaultTrainer, self).__init__()
@@ -290,25 +141,11 @@ class LSNetTrainer(DefaultTrainer, StoppableTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainingLoader:
-        # Loading a data set enters its keypoints into the metadata, which the mapper reads.
-        dataset = load_training_data(cfg)
-        parts = cfg.SOLVER.ACCUMULATION_STEPS * comm.get_world_size()
-        return TrainingLoader(
-            dataset,
-            build_mapper(cfg, is_train=True),
-            sampler_maker(cfg, dataset),
-            batch_size=cfg.SOLVER.IMS_PER_BATCH // parts,
-            seed=with_seed(cfg).SEED,
-            group_by_orientation=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
-            num_workers=cfg.DATALOADER.NUM_WORKERS,
-        )
+        return build_train_loader(cfg)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
-        with reporting_data_errors([dataset_name]):
-            return build_detection_test_loader(
-                cfg, dataset_name, mapper=build_mapper(cfg, is_train=False)
-            )
+        return build_test_loader(cfg, dataset_name)
 
     @property
     def evaluated_model(self) -> nn.Module:
@@ -402,20 +239,9 @@ class LSNetTrainer(DefaultTrainer, StoppableTrainer):
         are several.
 
         Raises:
-            UserError: see :func:`load_validation_data`.
+            UserError: see :func:`lsnet_d2.loaders.load_validation_data`.
         """
-        cfg = self.cfg
-        mapper = validation_mapper(type(build_mapper(cfg, is_train=True)), cfg)
-        parts = comm.get_world_size() * cfg.SOLVER.ACCUMULATION_STEPS
-        loaders = {
-            name: ValidationLoader(
-                load_validation_data(cfg, name),
-                mapper,
-                batch_size=cfg.SOLVER.IMS_PER_BATCH // parts,
-                num_workers=cfg.DATALOADER.NUM_WORKERS,
-            )
-            for name in cfg.DATASETS.TEST
-        }
+        loaders = build_validation_loaders(self.cfg)
 
         def compute() -> dict:
             model = getattr(self.evaluated_model, "module", self.evaluated_model)
@@ -459,42 +285,6 @@ class LSNetTrainer(DefaultTrainer, StoppableTrainer):
         """
         with reporting_config_errors(cfg):
             return build_optimizer(cfg, model)
-
-
-def with_seed(cfg: CfgNode) -> CfgNode:
-    """The config with a seed, drawn where it has none; the same in all processes."""
-    if cfg.SEED >= 0:
-        return cfg
-    frozen, cfg = cfg.is_frozen(), cfg.clone()
-    cfg.defrost()
-    cfg.SEED = comm.shared_random_seed()
-    if frozen:
-        cfg.freeze()
-    return cfg
-
-
-def check_batch(cfg: CfgNode) -> None:
-    """
-    Raises:
-        ConfigError: a batch cannot be divided among the processes and the parts of a step.
-    """
-    steps, processes = cfg.SOLVER.ACCUMULATION_STEPS, comm.get_world_size()
-    if steps < 1:
-        raise ConfigError(f"SOLVER.ACCUMULATION_STEPS is {steps}; it must be positive")
-    if cfg.SOLVER.IMS_PER_BATCH % (steps * processes):
-        parts = f"the number of processes, {processes}"
-        if steps > 1:
-            parts += f", times SOLVER.ACCUMULATION_STEPS, {steps}"
-        raise ConfigError(
-            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}; it must be a multiple of {parts}"
-        )
-
-
-def wrap_distributed(model: nn.Module) -> nn.Module:
-    """Data-parallel training where there are several processes, on the device of the model."""
-    device = next(model.parameters()).device
-    device_ids = [comm.get_local_rank()] if device.type == "cuda" else None
-    return create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
 
 
 def evaluate(cfg: CfgNode) -> dict:

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from detectron2.config import CfgNode
+from detectron2.utils import comm
 
 # What random numbers are for: the second part of their key, after the seed.
 ORDER, AUGMENTATION, STEP, VALIDATION = range(1, 5)
@@ -43,3 +45,15 @@ def seeded_by(*key: int) -> Iterator[None]:
         torch.set_rng_state(states[0])
         np.random.set_state(states[1])
         random.setstate(states[2])
+
+
+def with_seed(cfg: CfgNode) -> CfgNode:
+    """The config with a seed, drawn where it has none; the same in all processes."""
+    if cfg.SEED >= 0:
+        return cfg
+    frozen, cfg = cfg.is_frozen(), cfg.clone()
+    cfg.defrost()
+    cfg.SEED = comm.shared_random_seed()
+    if frozen:
+        cfg.freeze()
+    return cfg

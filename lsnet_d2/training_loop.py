@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import SimpleTrainer
+from detectron2.engine import SimpleTrainer, create_ddp_model
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
@@ -140,3 +140,10 @@ class LSNetTrainLoop(SimpleTrainer):
         # None, or an empty one, is that of a training without scaling.
         if self.grad_scaler.is_enabled() and state_dict.get("grad_scaler"):
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+
+
+def wrap_distributed(model: nn.Module) -> nn.Module:
+    """Data-parallel training where there are several processes, on the device of the model."""
+    device = next(model.parameters()).device
+    device_ids = [comm.get_local_rank()] if device.type == "cuda" else None
+    return create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)

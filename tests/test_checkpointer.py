@@ -13,8 +13,9 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from lsnet_d2.checkpointer import LSNetCheckpointer, read_weights
-from lsnet_d2.engine import check_proposals, evaluate, load_training_data
+from lsnet_d2.engine import evaluate
 from lsnet_d2.errors import CheckpointError
+from lsnet_d2.loaders import check_proposals, load_training_data
 
 
 def test_save_that_fails_leaves_the_last_checkpoint(tmp_path, monkeypatch):

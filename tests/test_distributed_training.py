@@ -12,8 +12,7 @@ import torch.distributed as dist
 from detectron2.utils.events import EventStorage
 from tiny_model import make_input, tiny_model
 
-from lsnet_d2.engine import wrap_distributed
-from lsnet_d2.training_loop import LSNetTrainLoop
+from lsnet_d2.training_loop import LSNetTrainLoop, wrap_distributed
 
 JOINT = {"TASK": "joint", "BRANCHES": ["extreme", "contour", "keypoint"]}
 POLISHED = {**JOINT, "POLISH_IN_FEATURES": ["p3", "p4"]}

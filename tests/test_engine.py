@@ -1,26 +1,17 @@
-import argparse
 import json
 import logging
 import math
-import os
 
 import pytest
 import tiny_coco
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import register_coco_instances
+from detectron2.data import MetadataCatalog
 from detectron2.utils.env import seed_all_rng
+from tiny_coco import change_annotations, registered_cfg
 
-from lsnet_d2 import engine
 from lsnet_d2.checkpointer import LSNetCheckpointer
-from lsnet_d2.config_file import load_config
 from lsnet_d2.data.annotation_checks import AnnotationError
-from lsnet_d2.engine import (
-    LSNetTrainer,
-    build_mapper,
-    evaluate,
-    load_training_data,
-)
+from lsnet_d2.engine import LSNetTrainer, evaluate
 from lsnet_d2.errors import (
     CheckpointError,
     ConfigError,
@@ -31,69 +22,14 @@ from lsnet_d2.modeling import LSNetWithTTA
 
 @pytest.fixture(params=tiny_coco.CONFIGS)
 def coco(tmp_path, request):
-    """Folder with a small detector's config and data, registered as tiny_train and tiny_val."""
-    tiny_coco.write_coco(tmp_path)
-    tiny_coco.write_config(tmp_path, request.param)
-    for split in tiny_coco.SPLITS:
-        register_coco_instances(
-            f"tiny_{split}",
-            {},
-            str(tiny_coco.json_file(tmp_path, split)),
-            str(tmp_path / "coco" / f"{split}2017"),
-        )
-    yield tmp_path
-    for split in tiny_coco.SPLITS:
-        DatasetCatalog.remove(f"tiny_{split}")
-        MetadataCatalog.remove(f"tiny_{split}")
-
-
-def tiny_cfg(folder, *opts):
-    return load_config(
-        str(folder / "tiny.yaml"),
-        # fmt: off
-        [
-            "MODEL.DEVICE",
-            "cpu",
-            "OUTPUT_DIR",
-            str(folder / "output"),
-            "DATASETS.TRAIN",
-            "('tiny_train',)",
-            "DATASETS.TEST",
-            "('tiny_val',)",
-            *opts,
-        ],
-        # fmt: on
-    )
+    with tiny_coco.registered(tmp_path, request.param):
+        yield tmp_path
 
 
 def tiny_trainer(folder, *opts, resume=False):
-    trainer = LSNetTrainer(tiny_cfg(folder, *opts))
+    trainer = LSNetTrainer(registered_cfg(folder, *opts))
     trainer.resume_or_load(resume=resume)
     return trainer
-
-
-# --- set-up
-
-
-def test_schedule_is_that_of_the_batch(tmp_path, monkeypatch):
-    monkeypatch.setattr(engine, "default_setup", lambda cfg, args: None)
-    opts = ["MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path), "SOLVER.IMS_PER_BATCH", "8"]
-    config_file = str(tiny_coco.ROOT / "configs" / "Base-LSNet.yaml")
-    args = argparse.Namespace(config_file=config_file, opts=[*opts, "SOLVER.MAX_ITER", "10"])
-    cfg = engine.setup(args)
-    assert cfg.is_frozen()
-    assert (cfg.SOLVER.BASE_LR, cfg.SOLVER.MAX_ITER, cfg.SOLVER.WARMUP_ITERS) == (0.005, 10, 1000)
-
-
-def test_output_that_cannot_be_written():
-    if not os.path.isdir("/proc/self"):
-        pytest.skip("no folder that nobody can write into")
-    opts = ["MODEL.DEVICE", "cpu", "OUTPUT_DIR", "/proc/self"]
-    with pytest.raises(UserError, match="/proc/self: cannot write into this folder"):
-        engine.setup(argparse.Namespace(config_file="", opts=opts))
-
-
-# --- training
 
 
 def test_training_leaves_what_users_expect(coco):
@@ -114,7 +50,7 @@ def test_training_leaves_what_users_expect(coco):
     for name, value in trainer.model.state_dict().items():
         assert torch.equal(saved["model"][name], value)
     assert any(not torch.equal(before[k], v) for k, v in saved["model"].items())
-    results = evaluate(tiny_cfg(coco, "MODEL.WEIGHTS", str(output / "model_final.pth")))
+    results = evaluate(registered_cfg(coco, "MODEL.WEIGHTS", str(output / "model_final.pth")))
     assert "AP" in results["bbox"]
 
 
@@ -190,16 +126,16 @@ def test_resume_with_other_frozen_layers_is_refused(coco):
 def test_batch_must_divide_among_processes(coco, monkeypatch):
     monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 4)
     with pytest.raises(ConfigError, match="IMS_PER_BATCH is 2; .*processes, 4"):
-        LSNetTrainer(tiny_cfg(coco))
+        LSNetTrainer(registered_cfg(coco))
 
 
 def test_batch_must_divide_into_its_parts(coco):
     with pytest.raises(
         ConfigError, match="IMS_PER_BATCH is 2; .*, 1, times .*ACCUMULATION_STEPS, 3"
     ):
-        LSNetTrainer(tiny_cfg(coco, "SOLVER.ACCUMULATION_STEPS", "3"))
+        LSNetTrainer(registered_cfg(coco, "SOLVER.ACCUMULATION_STEPS", "3"))
     with pytest.raises(ConfigError, match="ACCUMULATION_STEPS is 0"):
-        LSNetTrainer(tiny_cfg(coco, "SOLVER.ACCUMULATION_STEPS", "0"))
+        LSNetTrainer(registered_cfg(coco, "SOLVER.ACCUMULATION_STEPS", "0"))
 
 
 def test_parts_of_a_batch_are_loaded_one_by_one(coco):
@@ -228,66 +164,19 @@ def test_mixed_precision_on_a_cpu(coco, precision):
 def test_unknown_precision(coco):
     opts = ["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.PRECISION", "float8"]
     with pytest.raises(ConfigError, match="AMP.PRECISION is 'float8'.*float16, bfloat16"):
-        LSNetTrainer(tiny_cfg(coco, *opts))
-
-
-def test_data_errors_name_the_file(coco):
-    cfg = tiny_cfg(coco)
-    path = tiny_coco.json_file(coco, "train")
-    text = path.read_text()
-    path.write_text(text[: len(text) // 2])
-    with pytest.raises(UserError, match="tiny_train: .*train2017.json: not a complete JSON file"):
-        load_training_data(cfg)
-    dataset = json.loads(text)
-    dataset["annotations"][2]["category_id"] = 12  # COCO has none
-    path.write_text(json.dumps(dataset))
-    message = "(?s)tiny_train: .*2017.json: .*annotation 3 of image 3: category 12 is not in the"
-    with pytest.raises(UserError, match=message):
-        load_training_data(cfg)
-    path.unlink()
-    with pytest.raises(UserError, match="tiny_train: .*_train2017.json: No such file"):
-        load_training_data(cfg)
-    cfg.DATASETS.TRAIN = ()
-    with pytest.raises(ConfigError, match="DATASETS.TRAIN is empty"):
-        load_training_data(cfg)
-
-
-def change_annotations(folder, split, change):
-    path = tiny_coco.json_file(folder, split)
-    dataset = json.loads(path.read_text())
-    for annotation in dataset["annotations"]:
-        change(annotation)
-    path.write_text(json.dumps(dataset))
-
-
-def test_images_without_what_was_dropped_are_filtered(coco, caplog):
-    def spoil(annotation):
-        if annotation["id"] > 1:
-            annotation["bbox"][2] = 0
-
-    change_annotations(coco, "train", spoil)
-    opts = ("DATASETS.INVALID_ANNOTATIONS", "drop")
-    (record,) = load_training_data(tiny_cfg(coco, *opts))
-    assert record["image_id"] == 1
-    assert "annotation 2 of image" in caplog.text and "annotation 4 of image" in caplog.text
-    keep = ("DATALOADER.FILTER_EMPTY_ANNOTATIONS", "False")
-    assert len(load_training_data(tiny_cfg(coco, *opts, *keep))) == tiny_coco.SPLITS["train"]
-    change_annotations(coco, "train", lambda annotation: annotation.update(bbox=[0, 0, 0, 0]))
-    for more in ((), keep):
-        with pytest.raises(UserError, match="tiny_train: no annotation is left"):
-            load_training_data(tiny_cfg(coco, *opts, *more))
+        LSNetTrainer(registered_cfg(coco, *opts))
 
 
 def test_validation_data_are_checked_before_training(coco):
     image = coco / "coco" / "val2017" / "000000000002.png"
     image.rename(coco / "elsewhere.png")
     with pytest.raises(AnnotationError, match=f"(?s)tiny_val.*no image file {image}"):
-        LSNetTrainer(tiny_cfg(coco))
+        LSNetTrainer(registered_cfg(coco))
     (coco / "elsewhere.png").rename(image)
     path = tiny_coco.json_file(coco, "val")
     path.write_text(path.read_text()[:-20])
     with pytest.raises(UserError, match="tiny_val: .*val2017.json: not a complete JSON"):
-        LSNetTrainer(tiny_cfg(coco))
+        LSNetTrainer(registered_cfg(coco))
 
 
 def test_validation_classes_are_checked_before_training(coco):
@@ -296,7 +185,7 @@ def test_validation_classes_are_checked_before_training(coco):
     dataset["categories"].pop()
     path.write_text(json.dumps(dataset))
     with pytest.raises(AnnotationError, match="tiny_val .*has 79 classes .*NUM_CLASSES is 80"):
-        LSNetTrainer(tiny_cfg(coco))
+        LSNetTrainer(registered_cfg(coco))
 
 
 @pytest.mark.parametrize("coco", ["LSNet"], indirect=True)
@@ -307,14 +196,7 @@ def test_missing_sigmas_are_found_before_training(coco):
     MetadataCatalog.get("tiny_train").set(keypoint_names=list("abcde"), keypoint_flip_map=[])
     options = ("MODEL.LSNET.TASK", "pose_bbox", "MODEL.LSNET.NUM_KEYPOINTS", "5")
     with pytest.raises(ConfigError, match="tiny_val has 5 keypoints, .*KEYPOINT_OKS_SIGMAS"):
-        LSNetTrainer(tiny_cfg(coco, *options))
-
-
-def test_keypoints_need_names(coco):
-    cfg = tiny_cfg(coco, "MODEL.KEYPOINT_ON", "True")
-    with pytest.raises(ConfigError, match="KEYPOINT_ON is True, but the metadata of tiny_train"):
-        build_mapper(cfg, is_train=True)
-    build_mapper(cfg, is_train=False)
+        LSNetTrainer(registered_cfg(coco, *options))
 
 
 @pytest.mark.parametrize("coco", ["LSNet"], indirect=True)
@@ -336,7 +218,7 @@ def test_last_evaluation_is_augmented_too(coco, monkeypatch):
         "MODEL.LSNET.SCORE_THRESH_TEST",
         "0.0",
     )
-    cfg = tiny_cfg(coco, *options, "SOLVER.MAX_ITER", "2")
+    cfg = registered_cfg(coco, *options, "SOLVER.MAX_ITER", "2")
     seed_all_rng(0)
     trainer = LSNetTrainer(cfg)
     trainer.train()

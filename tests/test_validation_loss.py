@@ -10,7 +10,7 @@ from tiny_training import make_cfg, write_data
 from torch import nn
 
 from lsnet_d2.data.dataset_mapper import LSNetDatasetMapper
-from lsnet_d2.engine import load_training_data
+from lsnet_d2.loaders import load_training_data
 from lsnet_d2.validation_loss import ValidationLoader, validation_losses, validation_mapper
 
 BATCH = [make_input([[10, 12, 60, 70], [70, 20, 120, 90]], [0, 1], seed=1)]

@@ -5,11 +5,15 @@ import os
 import runpy
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from PIL import Image
 
@@ -130,6 +134,45 @@ def write_coco(folder: Path) -> Path:
 
 def json_file(folder: Path, split: str) -> Path:
     return Path(folder) / "coco" / "annotations" / f"instances_{split}2017.json"
+
+
+@contextmanager
+def registered(folder: Path, architecture: str) -> Iterator[None]:
+    """Within the block there are a small detector's config and data under ``folder``, the data
+    registered as tiny_train and tiny_val."""
+    write_coco(folder)
+    write_config(folder, architecture)
+    for split in SPLITS:
+        register_coco_instances(
+            f"tiny_{split}",
+            {},
+            str(json_file(folder, split)),
+            str(folder / "coco" / f"{split}2017"),
+        )
+    try:
+        yield
+    finally:
+        for split in SPLITS:
+            DatasetCatalog.remove(f"tiny_{split}")
+            MetadataCatalog.remove(f"tiny_{split}")
+
+
+def registered_cfg(folder: Path, *opts: str) -> CfgNode:
+    """The config of :func:`registered`, with results below ``folder``."""
+    data = ["DATASETS.TRAIN", "('tiny_train',)", "DATASETS.TEST", "('tiny_val',)"]
+    output = str(folder / "output")
+    return load_config(
+        str(folder / "tiny.yaml"), ["MODEL.DEVICE", "cpu", "OUTPUT_DIR", output, *data, *opts]
+    )
+
+
+def change_annotations(folder: Path, split: str, change: Callable[[dict], None]) -> None:
+    """Have ``change`` called with each annotation of the file."""
+    path = json_file(folder, split)
+    dataset = json.loads(path.read_text())
+    for annotation in dataset["annotations"]:
+        change(annotation)
+    path.write_text(json.dumps(dataset))
 
 
 def tool_environment(datasets: Path | None = None) -> dict[str, str]:

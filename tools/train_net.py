@@ -11,7 +11,7 @@ from detectron2.engine import default_argument_parser, launch
 import lsnet_d2  # noqa: F401  (registers the model, the backbones and the data sets)
 from lsnet_d2.config_file import load_config, merge_config
 from lsnet_d2.data.annotation_checks import AnnotationError
-from lsnet_d2.engine import LSNetTrainer, evaluate, setup
+from lsnet_d2.engine import LSNetTrainer, evaluate
 from lsnet_d2.errors import ConfigError, UserError, exit_on_user_error
 from lsnet_d2.launching import (
     INTERRUPTED,
@@ -20,6 +20,7 @@ from lsnet_d2.launching import (
     reporting_once,
     run_in_group,
 )
+from lsnet_d2.run_setup import setup
 
 
 @exit_on_user_error(AnnotationError)

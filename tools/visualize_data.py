@@ -27,9 +27,9 @@ from lsnet_d2.data.catalog import reporting_data_errors
 from lsnet_d2.data.images import read_image
 from lsnet_d2.data.polygons import decode_rle
 from lsnet_d2.drawing import CONTOUR_STYLES
-from lsnet_d2.engine import build_mapper
 from lsnet_d2.errors import UserError, did_you_mean, exit_on_user_error
 from lsnet_d2.files import atomic_write, make_folder
+from lsnet_d2.loaders import build_mapper
 from lsnet_d2.visualizer import LSNetVisualizer, side_by_side
 
 # What a result may have besides its box, and the shape of an object's; 0 is any number above 0.

@@ -12,8 +12,9 @@ from detectron2.engine import HookBase, default_argument_parser
 
 import lsnet_d2  # noqa: F401  (registers the model, the backbones and the data sets)
 from lsnet_d2.data.annotation_checks import AnnotationError
-from lsnet_d2.engine import LSNetTrainer, setup
+from lsnet_d2.engine import LSNetTrainer
 from lsnet_d2.errors import exit_on_user_error
+from lsnet_d2.run_setup import setup
 
 DIVERGED = 3
 

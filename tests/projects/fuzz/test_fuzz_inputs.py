@@ -1,26 +1,19 @@
-import importlib.util
-import json
 import os
 import signal
+import sys
 import time
 from collections import Counter
 
 import pytest
-import tiny_coco
-from PIL import Image
-from tiny_coco import run_tool_here
+from fuzz_project import fuzz_inputs
 
 from lsnet_d2.errors import UserError
 
-TOOL = tiny_coco.ROOT / "tools" / "fuzz_inputs.py"
-spec = importlib.util.spec_from_file_location("fuzz_inputs", TOOL)
-fuzz_inputs = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(fuzz_inputs)
-
 
 def test_damaged_inputs_are_handled_or_refused(monkeypatch, capsys):
-    counts = ["--annotations", 100, "--reports", 40, "--images", 80]
-    status = run_tool_here(monkeypatch, "fuzz_inputs.py", *counts)
+    counts = ["--annotations", "100", "--reports", "40", "--images", "80"]
+    monkeypatch.setattr(sys, "argv", ["fuzz_inputs.py", *counts])
+    status = fuzz_inputs.main()
     printed = capsys.readouterr()
     assert status == 0, printed.err
     name, _, tried, handled, refused, crashed, hung = (
@@ -38,17 +31,6 @@ def test_inputs_depend_on_the_seed_alone():
         assert inputs != [fuzz_inputs.make_input(part, 4, number) for number in range(60)]
         kinds = Counter(kind for kind, _ in inputs)
         assert len(kinds) >= 5
-
-
-def test_sound_annotations_are_handled(tmp_path):
-    """What is refused is refused for its damage."""
-    (tmp_path / "images").mkdir()
-    for name in ("1.png", "2.png"):
-        Image.new("RGB", fuzz_inputs.SIZE[::-1]).save(tmp_path / "images" / name)
-    (tmp_path / "fuzzed.json").write_text(json.dumps(fuzz_inputs.sound_annotations()))
-    for number in range(4):
-        fuzz_inputs.read_annotations(tmp_path, number)
-        fuzz_inputs.report_annotations(tmp_path, number)
 
 
 def die(folder, number):
