@@ -54,7 +54,7 @@ class Row:
     Attributes:
         group, name, point: the variant, and its place in the grid.
         seed: of the training.
-        diverged: whether it ended because its loss was no number; it has no scores then.
+        diverged: whether it ended because its numbers were none any more; it has no scores then.
         iterations: of the training.
         step_seconds: mean time of an iteration, evaluation apart; None: it ended too early.
         peak_memory: MiB, see ``train.py``.

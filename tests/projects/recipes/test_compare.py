@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import tiny_coco
-from recipes_project import compare, plan, runs, versions
+from recipes_project import compare, plan, runs, train, versions
 from tiny_coco import ROOT
 
-from lsnet_d2.errors import ConfigError, UserError
+from lsnet_d2.errors import ConfigError, NonFiniteWeightsError, TrainingError, UserError
 
 SHAPES = ROOT / "configs/quick"
 VERSION = versions.Version(
@@ -173,6 +173,44 @@ def test_what_is_not_in_the_plan(tmp_path):
     args.groups = ["bbx"]
     with pytest.raises(UserError, match="no 'bbx'; did you mean bbox"):
         compare.choose(shapes, args)
+
+
+def test_which_errors_are_of_numbers():
+    mapped = TrainingError("proposals are no numbers")
+    mapped.__cause__ = FloatingPointError()
+    for error in (FloatingPointError(), NonFiniteWeightsError(), mapped):
+        assert train.has_diverged(error)
+    full = TrainingError("no space left")
+    full.__cause__ = OSError()
+    assert not train.has_diverged(full)
+
+
+@pytest.mark.slow
+def test_a_real_training_that_diverges_is_not_repeated(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    tiny_coco.write_coco(tmp_path)
+    files = [
+        [f"tiny_{split}", str(tiny_coco.json_file(tmp_path, split)), f"{tmp_path}/coco/{split}2017"]
+        for split in ("train", "val")
+    ]
+    ours = plan.Variant(
+        group="boxes",
+        name="RetinaNet",
+        config=tiny_coco.write_config(tmp_path),
+        opts={
+            **{"DATASETS.TRAIN": "('tiny_train',)", "DATASETS.TEST": "('tiny_val',)"},
+            **{"DATASETS.COCO_FILES": repr(files), "SOLVER.BASE_LR": "1e30"},
+        },
+        budget=plan.Budget(iterations=4),
+    )
+    trainings = runs.Trainings(tmp_path / "out", VERSION, opts=["MODEL.DEVICE", "cpu"])
+    trainings.prepare((ours,))
+    row = trainings.train(ours, {}, 1)
+    assert (row.diverged, row.scores) == (True, {})
+    said = (tmp_path / "out" / row.folder / "stderr.txt").read_text()
+    assert "error: iteration 1: " in said and "Traceback" not in said
+    monkeypatch.setattr(subprocess, "Popen", None)
+    assert trainings.train(ours, {}, 1) == row
 
 
 @pytest.mark.slow
