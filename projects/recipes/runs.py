@@ -15,6 +15,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -112,6 +113,8 @@ class Trainings:
         self.say = say
         self._lengths: dict[tuple, int] = {}
         self._processes: set[subprocess.Popen] = set()
+        self._stopped = False
+        self._starting = threading.Lock()  # none may start unseen while all are stopped
 
     def prepare(self, variants: tuple[Variant, ...]) -> None:
         """Check all configs, and settle how long is trained: one short run after the other.
@@ -264,7 +267,11 @@ class Trainings:
     def _run(
         self, variant: Variant, point: Point, folder: Path, *, seed: int, opts: list[str], jobs: int
     ) -> int:
-        """Exit status of a training; what it says on stderr is in ``stderr.txt``."""
+        """Exit status of a training; what it says on stderr is in ``stderr.txt``.
+
+        Raises:
+            UserError: after :meth:`stop`.
+        """
         command = [sys.executable, str(Path(__file__).with_name("train.py")), "--resume"]
         command += ["--config-file", str(variant.config), *self._opts(variant, point), *opts]
         command += ["SEED", str(seed), "OUTPUT_DIR", str(folder)]
@@ -272,11 +279,13 @@ class Trainings:
         env = {**os.environ, "PYTHONPATH": path}
         if jobs > 1:
             env["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // jobs, 1))
-        with open(make_folder(folder) / "stderr.txt", "w") as stderr:
+        with open(make_folder(folder) / "stderr.txt", "w") as stderr, self._starting:
+            if self._stopped:
+                raise UserError(f"{variant.group}: {variant.name}: stopped before it began")
             process = subprocess.Popen(
                 command, stdout=subprocess.DEVNULL, stderr=stderr, cwd=ROOT, env=env
             )
-        self._processes.add(process)
+            self._processes.add(process)
         try:
             return process.wait()
         finally:
@@ -284,9 +293,11 @@ class Trainings:
             self._processes.discard(process)
 
     def stop(self) -> None:
-        """End what runs; it goes on from its last checkpoint another time."""
-        for process in list(self._processes):
-            process.terminate()
+        """Start nothing more, and end what runs; it goes on from its last checkpoint next time."""
+        with self._starting:
+            self._stopped = True
+            for process in list(self._processes):
+                process.terminate()
 
 
 def read_row(path: Path) -> Row:

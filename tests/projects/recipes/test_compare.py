@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -156,6 +157,33 @@ def test_failures_do_not_stop_the_others(commands, tmp_path, monkeypatch):
     comparison = train_all(tmp_path, ours, seeds=(1, 2))
     assert len(comparison.failures) == 2 and "LSNet, seed 1: it failed" in comparison.failures[0]
     assert not list(tmp_path.glob("*/*/*/row.json"))
+
+
+def test_a_training_that_starts_while_all_are_stopped_is_ended(commands, tmp_path, monkeypatch):
+    ended = threading.Event()
+
+    class Starting(FakeTraining):
+        def __init__(self, command, **kwargs):
+            super().__init__(command, **kwargs)
+            stop = threading.Thread(target=trainings.stop)
+            stop.start()
+            stop.join(0.3)  # it would be over if it did not wait for this one
+
+        def wait(self):
+            return -15 if ended.wait(5) else 0
+
+        def terminate(self):
+            ended.set()
+
+    monkeypatch.setattr(subprocess, "Popen", Starting)
+    trainings = runs.Trainings(tmp_path, VERSION, opts=["MODEL.DEVICE", "cpu"])
+    ours = variant(budget=plan.Budget(iterations=10))
+    trainings.prepare((ours,))
+    with pytest.raises(UserError, match="LSNet, seed 1: it failed"):
+        trainings.train(ours, {}, 1)
+    with pytest.raises(UserError, match="bbox: LSNet: stopped before it began"):
+        trainings.train(ours, {}, 2)
+    assert len(commands) == 1
 
 
 def test_configs_are_checked_before_anything_is_trained(commands, tmp_path):
