@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import statistics
 import subprocess
@@ -21,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from detectron2.config import CfgNode
-from plan import ROOT, Variant
+from plan import ROOT, Variant, slug
 from train import DIVERGED
 from versions import Version, code_hash
 
@@ -174,7 +173,7 @@ class Trainings:
             UserError: it failed.
         """
         cfg = self.config(variant, point)
-        name = f"{_slug(variant)}-{_hash(cfg, without=(*_TIMELESS, *_SCHEDULE))}"
+        name = _folder_name(variant, _hash(cfg, without=(*_TIMELESS, *_SCHEDULE)))
         folder = self.output / self.version.key / "timings" / name
         report = folder.with_name(f"{name}.json")
         if not report.exists():
@@ -196,7 +195,7 @@ class Trainings:
         """Of a training that :meth:`prepare` has settled the length of."""
         cfg = self.config(variant, point)
         cfg.merge_from_list(self._schedule(cfg, self._lengths[_key(variant, point)]))
-        name = f"{_slug(variant)}-{_hash(cfg)}"
+        name = _folder_name(variant, _hash(cfg))
         return self.output / self.version.key / name / f"seed{seed}"
 
     def _schedule(self, cfg: CfgNode, iterations: int) -> list[str]:
@@ -352,8 +351,8 @@ def _key(variant: Variant, point: Point) -> tuple:
     return variant.group, variant.name, *point.items()
 
 
-def _slug(variant: Variant) -> str:
-    return re.sub(r"[^a-z0-9]+", "_", f"{variant.group}_{variant.name}".lower()).strip("_")
+def _folder_name(variant: Variant, digest: str) -> str:
+    return f"{slug(f'{variant.group} {variant.name}')}-{digest}"
 
 
 def _words(values: Mapping[str, object]) -> list[str]:

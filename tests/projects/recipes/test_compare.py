@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiny_coco
-from recipes_project import compare, plan, runs, train, versions
+from recipes_project import compare, curves, plan, runs, train, versions
 from tiny_coco import ROOT
 
 from lsnet_d2.errors import ConfigError, NonFiniteWeightsError, TrainingError, UserError
@@ -184,6 +184,14 @@ def test_a_training_that_starts_while_all_are_stopped_is_ended(commands, tmp_pat
     with pytest.raises(UserError, match="bbox: LSNet: stopped before it began"):
         trainings.train(ours, {}, 2)
     assert len(commands) == 1
+
+
+def test_a_group_with_a_slash(commands, tmp_path):
+    ours = variant(group="masks/small", name="a/b", budget=plan.Budget(iterations=10))
+    (row,) = train_all(tmp_path, ours).rows()
+    assert row.folder.split("/")[1].startswith("masks_small_a_b-")
+    assert curves.draw_curves([row], tmp_path) == [tmp_path / "curves_masks_small.png"]
+    assert (tmp_path / "curves_masks_small.png").stat().st_size > 1000
 
 
 def test_configs_are_checked_before_anything_is_trained(commands, tmp_path):
