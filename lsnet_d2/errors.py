@@ -73,6 +73,10 @@ class NonFiniteLossError(TrainingError):
         )
 
 
+class NonFiniteWeightsError(TrainingError):
+    """A weight is infinite or not a number, though no loss was."""
+
+
 def exit_on_user_error(*errors: type[Exception]) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Decorator of a tool's entry: a user error becomes one line on stderr and exit status 2.
 

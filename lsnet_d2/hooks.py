@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .checkpointer import LSNetCheckpointer
-from .errors import CheckpointError, ConfigError, TrainingError
+from .errors import CheckpointError, ConfigError, NonFiniteWeightsError
 from .stopping import agree
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class WeightCheck(HookBase):
             return
         for name, weight in self.trainer.model.named_parameters():
             if not weight.isfinite().all():
-                raise TrainingError(
+                raise NonFiniteWeightsError(
                     f"iteration {self.trainer.iter}: the weight {name} is not finite any more, "
                     "though the loss is; nothing was saved of it. A lower SOLVER.BASE_LR or "
                     "SOLVER.CLIP_GRADIENTS may help; --resume goes on from the last checkpoint"

@@ -10,9 +10,10 @@ FOLDER = ROOT / "projects" / "recipes"
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(str(FOLDER))
     # "train" and the like are common names: none is left behind for other tests
-    compare, curves, folders, pictures, plan, report, runs, versions = (
+    compare, curves, folders, pictures, plan, report, runs, train, versions = (
         importlib.import_module(name)
         for name in (
-            *("compare", "curves", "folders", "pictures", "plan", "report", "runs", "versions"),
+            *("compare", "curves", "folders", "pictures", "plan", "report", "runs"),
+            *("train", "versions"),
         )
     )

@@ -11,7 +11,13 @@ import torch
 from tiny_training import At, make_cfg, train, write_data
 
 from lsnet_d2.checkpointer import LSNetCheckpointer
-from lsnet_d2.errors import CheckpointError, ConfigError, NonFiniteLossError, TrainingError
+from lsnet_d2.errors import (
+    CheckpointError,
+    ConfigError,
+    NonFiniteLossError,
+    NonFiniteWeightsError,
+    TrainingError,
+)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +64,7 @@ def test_weights_that_are_not_finite_are_not_saved(folder, tmp_path):
 
     holder.append(At(1, overflow))
     message = r"iteration 1: the weight backbone.fpn_output3.weight is not finite"
-    with pytest.raises(TrainingError, match=message):
+    with pytest.raises(NonFiniteWeightsError, match=message):
         train(cfg, *holder)
     assert names(tmp_path) == ["model_0000000.pth"]
 

@@ -242,7 +242,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--rounds", type=int, default=3, help="in which the models take turns")
     parser.add_argument("--repeats", type=int, default=3, help="of what is timed, in each process")
-    parser.add_argument("--device", default="cpu", help="cpu, or cuda")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, or auto")
     parser.add_argument(
         "--precision", choices=["float32", "float16", "bfloat16"], default="float32"
     )
@@ -267,12 +267,27 @@ def check_settings(settings: dict) -> None:
             raise UserError(f"--{key.replace('_', '-')}: must be 1 or more, not {value}")
 
 
+def find_device(name: str) -> str:
+    """
+    Raises:
+        UserError: it is not here, or none whose time and memory can be measured.
+    """
+    from lsnet_d2.config_file import resolve_device  # not needed by --help
+
+    device = resolve_device(name)
+    if device.partition(":")[0] != "cuda" and device != "cpu":
+        raise UserError(f"--device is {name!r}; it must be cpu, cuda or auto")
+    return device
+
+
 @exit_on_user_error()
 def main() -> None:
     settings = vars(get_parser().parse_args())
-    output = make_folder(settings.pop("output"))
+    output = settings.pop("output")
     settings["config_file"] = os.path.abspath(settings["config_file"])
     check_settings(settings)
+    settings["device"] = find_device(settings["device"])
+    make_folder(output)
     host = machine(settings["device"])
     if host["load"] > 0.5:
         say(f"the load of this machine is {host['load']:.1f}: figures will be of little worth")

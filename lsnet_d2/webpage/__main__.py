@@ -137,7 +137,8 @@ def main(arguments: list[str] | None = None) -> None:
             args.host,
         )
     for host, port in addresses(server):
-        logger.info("The page is at http://%s:%s (Ctrl-C ends it)", host, port)
+        name = f"[{host}]" if ":" in host else host  # IPv6
+        logger.info("The page is at http://%s:%s (Ctrl-C ends it)", name, port)
     server.run()
 
 

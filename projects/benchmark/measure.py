@@ -60,9 +60,11 @@ def timed_inference(
         }
     else:
         result = {"inference": seconds(lambda: model(inputs[:1]), repeats, device)}
-    if device.type == "cuda":  # which chooses algorithms for each size of a batch
-        model(inputs)
-    images_per_second = len(inputs) / seconds(lambda: model(inputs), 1, device)
+    batches = 1  # on a CPU it takes long
+    if device.type == "cuda":
+        model(inputs)  # it chooses algorithms for each size of a batch
+        batches = repeats
+    images_per_second = len(inputs) / seconds(lambda: model(inputs), batches, device)
     return {**result, "images_per_second": images_per_second, "detections": detections}
 
 

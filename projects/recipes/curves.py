@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
+from plan import slug
 from report import TITLES
 from runs import KINDS, Row, read_metrics, title_of
 
@@ -51,7 +52,7 @@ def draw_curves(rows: Sequence[Row], output: Path) -> list[Path]:
             axis.grid(alpha=0.3)
         axes[0][0].set_yscale("log")
         axes[0][-1].legend(fontsize="small")
-        path = output / f"curves_{group}.png"
+        path = output / f"curves_{slug(group)}.png"
         with atomic_write(path) as file:
             figure.savefig(file, format="png", dpi=120)
         plt.close(figure)

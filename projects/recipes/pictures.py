@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from detectron2.data import MetadataCatalog
-from plan import ROOT
+from plan import ROOT, slug
 from pycocotools import mask as mask_util
 from runs import Row, title_of
 
@@ -133,7 +133,7 @@ def draw_extremes(row: Row, output: Path, count: int) -> Path:
     json_file = Path(MetadataCatalog.get(name).json_file)
     ranked = rank_photos(json_file, json.loads(predictions.read_text()), sigmas)
     best, worst = ranked[: (count + 1) // 2], ranked[::-1][: count // 2]
-    title = f"{row.group}_{title_of(row.name, row.point)}".replace(" ", "_").replace("/", "_")
+    title = slug(f"{row.group}_{title_of(row.name, row.point)}")
     folder = make_folder(output / "pictures" / title)
     with atomic_write(folder / "scores.json", "w") as file:
         json.dump([{"image_id": number, "score": score} for number, score in ranked], file)

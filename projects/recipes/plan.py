@@ -22,6 +22,11 @@ _BUDGETS = ("iterations", "minutes", "like")
 _SELECT = re.compile(r"(bbox|segm|keypoints)/AP(50|75|s|m|l)?")
 
 
+def slug(text: str) -> str:
+    """A name of the plan as it is in names of files: its letters and digits, in lower case."""
+    return re.sub(r"[\W_]+", "_", text.lower()).strip("_")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Budget:
     """How long is trained: one of the three, or none for the iterations of the config.
@@ -124,6 +129,7 @@ def read_plan(path: str | Path, *, budget: Budget | None = None) -> Plan:
             where = f"{path}: {group}: {name}"
             variants.append(_read_variant(where, path, group, name, entry, content, budget))
         _check_likes(path, [v for v in variants if v.group == str(group)])
+    _check_slugs(path, variants)
     seeds = content.get("seeds", [1])
     if not isinstance(seeds, list) or not seeds or not all(isinstance(s, int) for s in seeds):
         raise ConfigError(f"{path}: 'seeds' must be a list of integers, not {seeds!r}")
@@ -195,6 +201,22 @@ def _check_likes(path: Path, group: list[Variant]) -> None:
                 f"{variant.budget.like!r}, which is no variant of this group with a budget of its "
                 f"own and without a grid{did_you_mean(variant.budget.like, known)}"
             )
+
+
+def _check_slugs(path: Path, variants: list[Variant]) -> None:
+    """No group or variant may write the files of another."""
+    groups = list(dict.fromkeys(variant.group for variant in variants))
+    for titles in (groups, [f"{variant.group}: {variant.name}" for variant in variants]):
+        seen: dict[str, str] = {}
+        for title in titles:
+            name = slug(title)
+            if not name:
+                raise ConfigError(f"{path}: {title!r} must have letters or digits, to name files")
+            if name in seen:
+                raise ConfigError(
+                    f"{path}: the files of {title!r} would be those of {seen[name]!r}"
+                )
+            seen[name] = title
 
 
 def _read_data(path: Path, entry: Any) -> DataKey | None:

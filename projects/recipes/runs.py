@@ -10,17 +10,17 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import statistics
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from detectron2.config import CfgNode
-from plan import ROOT, Variant
+from plan import ROOT, Variant, slug
 from train import DIVERGED
 from versions import Version, code_hash
 
@@ -54,7 +54,7 @@ class Row:
     Attributes:
         group, name, point: the variant, and its place in the grid.
         seed: of the training.
-        diverged: whether it ended because its loss was no number; it has no scores then.
+        diverged: whether it ended because its numbers were none any more; it has no scores then.
         iterations: of the training.
         step_seconds: mean time of an iteration, evaluation apart; None: it ended too early.
         peak_memory: MiB, see ``train.py``.
@@ -112,6 +112,8 @@ class Trainings:
         self.say = say
         self._lengths: dict[tuple, int] = {}
         self._processes: set[subprocess.Popen] = set()
+        self._stopped = False
+        self._starting = threading.Lock()  # none may start unseen while all are stopped
 
     def prepare(self, variants: tuple[Variant, ...]) -> None:
         """Check all configs, and settle how long is trained: one short run after the other.
@@ -171,7 +173,7 @@ class Trainings:
             UserError: it failed.
         """
         cfg = self.config(variant, point)
-        name = f"{_slug(variant)}-{_hash(cfg, without=(*_TIMELESS, *_SCHEDULE))}"
+        name = _folder_name(variant, _hash(cfg, without=(*_TIMELESS, *_SCHEDULE)))
         folder = self.output / self.version.key / "timings" / name
         report = folder.with_name(f"{name}.json")
         if not report.exists():
@@ -193,7 +195,7 @@ class Trainings:
         """Of a training that :meth:`prepare` has settled the length of."""
         cfg = self.config(variant, point)
         cfg.merge_from_list(self._schedule(cfg, self._lengths[_key(variant, point)]))
-        name = f"{_slug(variant)}-{_hash(cfg)}"
+        name = _folder_name(variant, _hash(cfg))
         return self.output / self.version.key / name / f"seed{seed}"
 
     def _schedule(self, cfg: CfgNode, iterations: int) -> list[str]:
@@ -264,7 +266,11 @@ class Trainings:
     def _run(
         self, variant: Variant, point: Point, folder: Path, *, seed: int, opts: list[str], jobs: int
     ) -> int:
-        """Exit status of a training; what it says on stderr is in ``stderr.txt``."""
+        """Exit status of a training; what it says on stderr is in ``stderr.txt``.
+
+        Raises:
+            UserError: after :meth:`stop`.
+        """
         command = [sys.executable, str(Path(__file__).with_name("train.py")), "--resume"]
         command += ["--config-file", str(variant.config), *self._opts(variant, point), *opts]
         command += ["SEED", str(seed), "OUTPUT_DIR", str(folder)]
@@ -272,11 +278,13 @@ class Trainings:
         env = {**os.environ, "PYTHONPATH": path}
         if jobs > 1:
             env["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // jobs, 1))
-        with open(make_folder(folder) / "stderr.txt", "w") as stderr:
+        with open(make_folder(folder) / "stderr.txt", "w") as stderr, self._starting:
+            if self._stopped:
+                raise UserError(f"{variant.group}: {variant.name}: stopped before it began")
             process = subprocess.Popen(
                 command, stdout=subprocess.DEVNULL, stderr=stderr, cwd=ROOT, env=env
             )
-        self._processes.add(process)
+            self._processes.add(process)
         try:
             return process.wait()
         finally:
@@ -284,9 +292,11 @@ class Trainings:
             self._processes.discard(process)
 
     def stop(self) -> None:
-        """End what runs; it goes on from its last checkpoint another time."""
-        for process in list(self._processes):
-            process.terminate()
+        """Start nothing more, and end what runs; it goes on from its last checkpoint next time."""
+        with self._starting:
+            self._stopped = True
+            for process in list(self._processes):
+                process.terminate()
 
 
 def read_row(path: Path) -> Row:
@@ -341,8 +351,8 @@ def _key(variant: Variant, point: Point) -> tuple:
     return variant.group, variant.name, *point.items()
 
 
-def _slug(variant: Variant) -> str:
-    return re.sub(r"[^a-z0-9]+", "_", f"{variant.group}_{variant.name}".lower()).strip("_")
+def _folder_name(variant: Variant, digest: str) -> str:
+    return f"{slug(f'{variant.group} {variant.name}')}-{digest}"
 
 
 def _words(values: Mapping[str, object]) -> list[str]:

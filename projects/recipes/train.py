@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """As tools/train_net.py in one process, with the peak of memory among the metrics.
 
-A training whose loss is no number ends with a status of its own, which ``runs.py`` knows.
+A training whose loss or weights are no numbers any more ends with a status of its own, which
+``runs.py`` knows.
 """
 
 import resource
@@ -13,7 +14,13 @@ from detectron2.engine import HookBase, default_argument_parser
 import lsnet_d2  # noqa: F401  (registers the model, the backbones and the data sets)
 from lsnet_d2.data.annotation_checks import AnnotationError
 from lsnet_d2.engine import LSNetTrainer
-from lsnet_d2.errors import exit_on_user_error
+from lsnet_d2.errors import (
+    NonFiniteLossError,
+    NonFiniteWeightsError,
+    TrainingError,
+    exit_on_user_error,
+    one_line,
+)
 from lsnet_d2.run_setup import setup
 
 DIVERGED = 3
@@ -37,6 +44,15 @@ class RecipeTrainer(LSNetTrainer):
         return [PeakMemory(), *super().build_hooks()]
 
 
+def has_diverged(error: Exception) -> bool:
+    """Whether a training ended for its numbers, which it would do again.
+
+    Detectron2's R-CNNs find proposals that are no numbers themselves, with a FloatingPointError.
+    """
+    numbers = (FloatingPointError, NonFiniteLossError, NonFiniteWeightsError)
+    return isinstance(error, numbers) or isinstance(error.__cause__, FloatingPointError)
+
+
 @exit_on_user_error(AnnotationError)
 def main() -> None:
     args = default_argument_parser().parse_args()
@@ -44,8 +60,10 @@ def main() -> None:
     trainer.resume_or_load(resume=args.resume)
     try:
         trainer.train()
-    except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (FloatingPointError, TrainingError) as error:
+        if not has_diverged(error):
+            raise
+        print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(DIVERGED)
 
 

@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from benchmark_project import detectors, tool
 
 from lsnet_d2.errors import UserError
@@ -153,6 +154,25 @@ def test_numbers_are_checked(flag, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         tool.main()
     assert f"{flag}: must be 1 or more, not 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "device, message",
+    [
+        ("cuda", "'cuda', but there is none here"),
+        ("cudda", "'cudda'; it must be auto or a device of torch"),
+        ("meta", "--device is 'meta'; it must be cpu, cuda or auto"),
+    ],
+)
+def test_the_device_is_checked(device, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    output = tmp_path / "bench"
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--device", device, "--output", str(output)])
+    with pytest.raises(SystemExit):
+        tool.main()
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+    assert not output.exists()
 
 
 def test_data_are_measured_on_the_cpu_alone(fake):

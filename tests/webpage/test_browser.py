@@ -192,6 +192,18 @@ def test_refusals_and_examples_on_a_phone(address, browser, tmp_path):
         assert page.find("#status.error") and not page.find("#result")[0].is_displayed()
     assert len([url for url in page.requests() if "/detect" in url]) == 1  # not for the large one
 
+    browser.execute_script(
+        "for (const name of ['first.jpg', 'second.jpg']) {"
+        "  const dataTransfer = new DataTransfer();"
+        "  dataTransfer.items.add(new File(['no image'], name));"
+        "  document.dispatchEvent(new DragEvent('drop', { dataTransfer }));"
+        "}"
+    )
+    page.wait(lambda: not page.find(".busy"))
+    assert page.status().startswith("first.jpg: not a complete image file")
+    assert "second.jpg was not looked at" in page.status() and page.find("#status.error")
+    assert len([url for url in page.requests() if "/detect" in url]) == 1
+
     page.find(".example")[1].click()
     page.wait(lambda: page.status().startswith("001.jpg: 128 × 96 pixels"))
     assert not page.find("#status.error") and page.count("box") > 5

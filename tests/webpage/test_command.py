@@ -73,8 +73,17 @@ def test_a_port_in_use():
         command.make_server(lambda *_: [], "no.such.host.invalid", 1, Limits())
 
 
-@pytest.mark.parametrize("host, warned", [("127.0.0.1", False), ("0.0.0.0", True)])
-def test_another_host_gives_a_warning(monkeypatch, birds, caplog, host, warned):
+@pytest.mark.parametrize(
+    "host, url, warned",
+    [
+        ("127.0.0.1", "http://127.0.0.1:8000 ", False),
+        ("0.0.0.0", "http://0.0.0.0:8000 ", True),
+        ("::1", "http://[::1]:8000 ", False),
+    ],
+)
+def test_hosts_get_a_url_and_a_warning(monkeypatch, birds, caplog, host, url, warned):
+    caplog.set_level("INFO", "lsnet_d2.webpage")
+
     class Server:
         effective_host, effective_port = host, 8000
 
@@ -88,6 +97,7 @@ def test_another_host_gives_a_warning(monkeypatch, birds, caplog, host, warned):
     options = ["--config-file", birds / "config.yaml", "--weights", birds / "weights.pth"]
     main([str(option) for option in [*options, "--host", host]])
     assert hosts == [host]
+    assert f"The page is at {url}" in caplog.text
     assert ("Anybody who reaches 0.0.0.0 can use this page" in caplog.text) == warned
 
 

@@ -9,11 +9,16 @@ const LINE_WIDTH = 2;
 
 let answer = null; // the last one; see lsnet_d2/webpage/answer.py
 let busy = false;
+let skipped = ""; // what is said of a picture that came meanwhile
 
 // --- asking the server
 
 async function detect(file, name) {
-  if (busy) return;
+  if (busy) {
+    skipped = `${name} was not looked at: another picture was, give it again`;
+    say(skipped, true);
+    return;
+  }
   if (file.size > settings.maxBytes) {
     say(`${name}: ${settings.tooLarge}`, true);
     return;
@@ -37,6 +42,8 @@ async function detect(file, name) {
     say(`The server does not answer: is lsnet-demo still running? (${error.message})`, true);
   } finally {
     setBusy(false);
+    if (skipped) say(`${get("status").textContent}; ${skipped}`, true);
+    skipped = "";
   }
 }
 

@@ -101,6 +101,17 @@ class TestInference:
             assert max(gains, key=gains.get) == stage
             assert gains[stage] > 0.2
 
+    @pytest.mark.parametrize("device, batches", [("cpu", 1), ("cuda", 7)])
+    def test_batches_are_repeated_where_they_are_fast(self, device, batches, monkeypatch):
+        repeats = []
+        monkeypatch.setattr(measure, "seconds", lambda _, count, __: repeats.append(count) or 0.5)
+        images = [{}] * 4
+        result = measure.timed_inference(
+            lambda inputs: [{"instances": [1]}] * len(inputs), images, 7, torch.device(device)
+        )
+        assert repeats == [7, batches]
+        assert result["images_per_second"] == 8
+
 
 def nap():
     time.sleep(0.3)

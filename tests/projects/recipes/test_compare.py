@@ -3,14 +3,15 @@
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import tiny_coco
-from recipes_project import compare, plan, runs, versions
+from recipes_project import compare, curves, plan, runs, train, versions
 from tiny_coco import ROOT
 
-from lsnet_d2.errors import ConfigError, UserError
+from lsnet_d2.errors import ConfigError, NonFiniteWeightsError, TrainingError, UserError
 
 SHAPES = ROOT / "configs/quick"
 VERSION = versions.Version(
@@ -158,6 +159,41 @@ def test_failures_do_not_stop_the_others(commands, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*/*/*/row.json"))
 
 
+def test_a_training_that_starts_while_all_are_stopped_is_ended(commands, tmp_path, monkeypatch):
+    ended = threading.Event()
+
+    class Starting(FakeTraining):
+        def __init__(self, command, **kwargs):
+            super().__init__(command, **kwargs)
+            stop = threading.Thread(target=trainings.stop)
+            stop.start()
+            stop.join(0.3)  # it would be over if it did not wait for this one
+
+        def wait(self):
+            return -15 if ended.wait(5) else 0
+
+        def terminate(self):
+            ended.set()
+
+    monkeypatch.setattr(subprocess, "Popen", Starting)
+    trainings = runs.Trainings(tmp_path, VERSION, opts=["MODEL.DEVICE", "cpu"])
+    ours = variant(budget=plan.Budget(iterations=10))
+    trainings.prepare((ours,))
+    with pytest.raises(UserError, match="LSNet, seed 1: it failed"):
+        trainings.train(ours, {}, 1)
+    with pytest.raises(UserError, match="bbox: LSNet: stopped before it began"):
+        trainings.train(ours, {}, 2)
+    assert len(commands) == 1
+
+
+def test_a_group_with_a_slash(commands, tmp_path):
+    ours = variant(group="masks/small", name="a/b", budget=plan.Budget(iterations=10))
+    (row,) = train_all(tmp_path, ours).rows()
+    assert row.folder.split("/")[1].startswith("masks_small_a_b-")
+    assert curves.draw_curves([row], tmp_path) == [tmp_path / "curves_masks_small.png"]
+    assert (tmp_path / "curves_masks_small.png").stat().st_size > 1000
+
+
 def test_configs_are_checked_before_anything_is_trained(commands, tmp_path):
     with pytest.raises(ConfigError, match="bbox: LSNet: .*SOLVER.BASE_LRR"):
         train_all(tmp_path, variant(), variant(opts={"SOLVER.BASE_LRR": "1"}))
@@ -173,6 +209,44 @@ def test_what_is_not_in_the_plan(tmp_path):
     args.groups = ["bbx"]
     with pytest.raises(UserError, match="no 'bbx'; did you mean bbox"):
         compare.choose(shapes, args)
+
+
+def test_which_errors_are_of_numbers():
+    mapped = TrainingError("proposals are no numbers")
+    mapped.__cause__ = FloatingPointError()
+    for error in (FloatingPointError(), NonFiniteWeightsError(), mapped):
+        assert train.has_diverged(error)
+    full = TrainingError("no space left")
+    full.__cause__ = OSError()
+    assert not train.has_diverged(full)
+
+
+@pytest.mark.slow
+def test_a_real_training_that_diverges_is_not_repeated(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    tiny_coco.write_coco(tmp_path)
+    files = [
+        [f"tiny_{split}", str(tiny_coco.json_file(tmp_path, split)), f"{tmp_path}/coco/{split}2017"]
+        for split in ("train", "val")
+    ]
+    ours = plan.Variant(
+        group="boxes",
+        name="RetinaNet",
+        config=tiny_coco.write_config(tmp_path),
+        opts={
+            **{"DATASETS.TRAIN": "('tiny_train',)", "DATASETS.TEST": "('tiny_val',)"},
+            **{"DATASETS.COCO_FILES": repr(files), "SOLVER.BASE_LR": "1e30"},
+        },
+        budget=plan.Budget(iterations=4),
+    )
+    trainings = runs.Trainings(tmp_path / "out", VERSION, opts=["MODEL.DEVICE", "cpu"])
+    trainings.prepare((ours,))
+    row = trainings.train(ours, {}, 1)
+    assert (row.diverged, row.scores) == (True, {})
+    said = (tmp_path / "out" / row.folder / "stderr.txt").read_text()
+    assert "error: iteration 1: " in said and "Traceback" not in said
+    monkeypatch.setattr(subprocess, "Popen", None)
+    assert trainings.train(ours, {}, 1) == row
 
 
 @pytest.mark.slow

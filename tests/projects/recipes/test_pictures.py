@@ -1,7 +1,9 @@
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from detectron2.data import MetadataCatalog
 from recipes_project import pictures
 
 SIZE = (100, 100)
@@ -56,6 +58,21 @@ def test_the_quality_is_the_mean_of_what_is_known():
     )
     unlabelled = {**posed, "keypoints": [0] * 6}
     assert pictures.pair_quality(unlabelled, moved, SIZE, SIGMAS) == pytest.approx(0.75)
+
+
+def test_a_group_with_a_slash_has_one_folder(tmp_path, monkeypatch):
+    run = tmp_path / "run" / "inference"
+    run.mkdir(parents=True)
+    (run / "coco_instances_results.json").write_text("[]")
+    MetadataCatalog.get("slash_val").json_file = str(tmp_path / "val.json")
+    (tmp_path / "val.json").write_text(json.dumps({"images": [], "annotations": []}))
+    cfg = SimpleNamespace(DATASETS=SimpleNamespace(TEST=("slash_val",)))
+    monkeypatch.setattr(pictures, "load_config", lambda *_: cfg)
+    monkeypatch.setattr(pictures, "oks_sigmas", lambda *_: (None, SIGMAS))
+    row = SimpleNamespace(group="masks/small", name="LSNet", point={"LR": "0.1"}, folder="run")
+    folder = pictures.draw_extremes(row, tmp_path, 2)
+    assert folder == tmp_path / "pictures" / "masks_small_lsnet_lr_0_1"
+    assert (folder / "scores.json").read_text() == "[]"
 
 
 def test_the_best_come_first(tmp_path):

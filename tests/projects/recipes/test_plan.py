@@ -37,6 +37,12 @@ def test_variants_have_what_is_common_and_their_own(tmp_path):
     assert rates == [["0.1", "0"], ["0.1", "1"], ["0.2", "0"], ["0.2", "1"]]
 
 
+def test_names_become_names_of_files():
+    assert plan.slug("masks/small") == "masks_small"
+    assert plan.slug("../R-CNN (BASE_LR 0.1)") == "r_cnn_base_lr_0_1"
+    assert plan.slug("Früchte") == "früchte"
+
+
 def test_the_command_line_has_the_last_word_on_budgets(tmp_path):
     budget = plan.Budget(iterations=7)
     assert [v.budget for v in read(tmp_path, budget=budget).variants] == [budget, budget]
@@ -55,6 +61,9 @@ def test_the_command_line_has_the_last_word_on_budgets(tmp_path):
         ("groups:", "group:", "unknown key 'group'; did you mean groups"),
         (PLAN, "- 1", "must have some of the keys"),
         (PLAN, "groups: {a: {}}", "group 'a' must have one or more variants"),
+        ("groups:", "groups:\n  Boxes: {x: {config: a.yaml}}", "'boxes' would be those of 'Boxes'"),
+        ("theirs:", "Ours+:", "files of 'boxes: Ours.' would be those of 'boxes: ours'"),
+        ("boxes:", "'/':", "'/' must have letters or digits"),
         (PLAN, "{", "not a plain YAML file"),
     ],
 )
