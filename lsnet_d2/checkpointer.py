@@ -169,13 +169,17 @@ class LSNetCheckpointer(DetectionCheckpointer):
         """Move the checkpoints in ``save_dir`` into a folder below it, with the time in its name.
 
         Otherwise a new training that is killed before its first checkpoint would be resumed from
-        them. An empty ``last_checkpoint`` is written before the first file is moved: it says that
-        none of the files counts, whenever a kill may come.
+        them. While files are moved there is an empty ``last_checkpoint``: it says that none of
+        them counts, whenever a kill may come. Afterwards there is none, as in a new folder.
         """
-        files = self._checkpoints()
-        if not files:
+        if not self.save_dir:
             return
-        self.tag_last_checkpoint("")
+        if files := self._checkpoints():
+            self.tag_last_checkpoint("")
+            self._move_aside(files)
+        Path(self.save_dir, "last_checkpoint").unlink(missing_ok=True)
+
+    def _move_aside(self, files: list[str]) -> None:
         now = time.strftime("%Y-%m-%d_%H-%M-%S")
         for number in itertools.count(1):
             folder = Path(self.save_dir, f"earlier_{now}" + (f"_{number}" if number > 1 else ""))

@@ -231,6 +231,7 @@ def test_a_new_training_is_not_resumed_from_an_earlier_one(tmp_path, caplog):
     assert f"Moved the checkpoints of an earlier training to {earlier}" in caplog.text
     assert sorted(os.listdir(earlier)) == ["model_0000001.pth", "model_final.pth"]
     assert (earlier / "model_final.pth").read_bytes() == content
+    assert not (tmp_path / "last_checkpoint").exists()
     # killed before its first checkpoint, it starts again; after it, it goes on
     checkpointer = LSNetCheckpointer(model, str(tmp_path))
     assert checkpointer.resume_or_load("", resume=True) == {}
@@ -239,6 +240,24 @@ def test_a_new_training_is_not_resumed_from_an_earlier_one(tmp_path, caplog):
     # a third run within the same second has a folder of its own
     checkpointer.resume_or_load("", resume=False)
     assert len(list(tmp_path.glob("earlier_*/*.pth"))) == 3
+    # the best so far is gone on from if there is no other, as in a new folder
+    checkpointer.save("model_best", iteration=4, as_last=False)
+    assert checkpointer.resume_or_load("", resume=True)["iteration"] == 4
+
+
+def test_kill_after_checkpoints_are_moved(tmp_path):
+    """But before the note of it was removed."""
+    LSNetCheckpointer(nn.Identity(), str(tmp_path)).tag_last_checkpoint("")
+    checkpointer = LSNetCheckpointer(nn.Linear(2, 2), str(tmp_path))
+    assert checkpointer.resume_or_load("", resume=True) == {}
+    assert not (tmp_path / "last_checkpoint").exists()
+
+
+def test_a_checkpointer_without_a_folder_moves_nothing(tmp_path, monkeypatch):
+    model = saved_by_an_earlier_run(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    LSNetCheckpointer(model).resume_or_load("", resume=False)
+    assert len(list(tmp_path.glob("model_*.pth"))) == 2
 
 
 @pytest.mark.parametrize("moved", [0, 1])
@@ -262,6 +281,7 @@ def test_kill_while_checkpoints_are_moved(tmp_path, monkeypatch, moved):
     assert checkpointer.resume_or_load("", resume=True) == {}
     assert checkpointer.resumed_from is None
     assert not list(tmp_path.glob("model_*.pth"))
+    assert not (tmp_path / "last_checkpoint").exists()
 
 
 def test_only_the_main_process_moves_checkpoints(tmp_path):
