@@ -98,6 +98,8 @@ class LSNetCheckpointer(DetectionCheckpointer):
             if as_last:
                 self.tag_last_checkpoint(f"{name}.pth")
         except (OSError, RuntimeError) as error:  # torch hides the first by the second
+            if any(isinstance(hidden, KeyboardInterrupt) for hidden in _with_reasons(error)):
+                raise KeyboardInterrupt from error
             raise CheckpointError(
                 f"cannot write {path}: {_os_reason(error)}. Nothing is left of it; once this is "
                 "mended, --resume goes on from the checkpoint before"
@@ -405,12 +407,17 @@ def _is_whole(path: str) -> bool:
 
 def _os_reason(error: BaseException) -> str:
     """What the system says, which may stand behind another error."""
-    seen: BaseException | None = error
-    while seen is not None:
+    for seen in _with_reasons(error):
         if isinstance(seen, OSError) and seen.strerror:
             return seen.strerror
-        seen = seen.__cause__ or seen.__context__
     return one_line(error)
+
+
+def _with_reasons(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those that stand behind it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 class _NumpyUnpickler(pickle.Unpickler):

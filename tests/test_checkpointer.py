@@ -1,4 +1,5 @@
 import hashlib
+import io
 import logging
 import os
 import pickle
@@ -67,6 +68,27 @@ class _Execute:
 
     def __reduce__(self):
         return os.mkdir, (self.target,)
+
+
+def test_interruption_of_a_save(tmp_path, monkeypatch):
+    """In a write, torch makes another error of it."""
+    checkpointer = LSNetCheckpointer(nn.Linear(1, 1), str(tmp_path))
+    checkpointer.save("model_0000001", iteration=1)
+    calls = []
+
+    class Interrupted(io.BytesIO):
+        def write(self, data):
+            calls.append(data)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return super().write(data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lsnet_d2.files.open", lambda *_, **__: Interrupted(), raising=False)
+        with pytest.raises(KeyboardInterrupt):
+            checkpointer.save("model_0000002", iteration=2)
+    assert len(calls) == 3
+    assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model_0000001.pth"]
 
 
 @pytest.mark.parametrize("suffix", ["pth", "pyth", "pkl"])
