@@ -98,6 +98,8 @@ class LSNetCheckpointer(DetectionCheckpointer):
             if as_last:
                 self.tag_last_checkpoint(f"{name}.pth")
         except (OSError, RuntimeError) as error:  # torch hides the first by the second
+            if any(isinstance(hidden, KeyboardInterrupt) for hidden in _with_reasons(error)):
+                raise KeyboardInterrupt from error
             raise CheckpointError(
                 f"cannot write {path}: {_os_reason(error)}. Nothing is left of it; once this is "
                 "mended, --resume goes on from the checkpoint before"
@@ -169,13 +171,17 @@ class LSNetCheckpointer(DetectionCheckpointer):
         """Move the checkpoints in ``save_dir`` into a folder below it, with the time in its name.
 
         Otherwise a new training that is killed before its first checkpoint would be resumed from
-        them. An empty ``last_checkpoint`` is written before the first file is moved: it says that
-        none of the files counts, whenever a kill may come.
+        them. While files are moved there is an empty ``last_checkpoint``: it says that none of
+        them counts, whenever a kill may come. Afterwards there is none, as in a new folder.
         """
-        files = self._checkpoints()
-        if not files:
+        if not self.save_dir:
             return
-        self.tag_last_checkpoint("")
+        if files := self._checkpoints():
+            self.tag_last_checkpoint("")
+            self._move_aside(files)
+        Path(self.save_dir, "last_checkpoint").unlink(missing_ok=True)
+
+    def _move_aside(self, files: list[str]) -> None:
         now = time.strftime("%Y-%m-%d_%H-%M-%S")
         for number in itertools.count(1):
             folder = Path(self.save_dir, f"earlier_{now}" + (f"_{number}" if number > 1 else ""))
@@ -401,12 +407,17 @@ def _is_whole(path: str) -> bool:
 
 def _os_reason(error: BaseException) -> str:
     """What the system says, which may stand behind another error."""
-    seen: BaseException | None = error
-    while seen is not None:
+    for seen in _with_reasons(error):
         if isinstance(seen, OSError) and seen.strerror:
             return seen.strerror
-        seen = seen.__cause__ or seen.__context__
     return one_line(error)
+
+
+def _with_reasons(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those that stand behind it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 class _NumpyUnpickler(pickle.Unpickler):

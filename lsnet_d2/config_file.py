@@ -257,6 +257,11 @@ def _check_evaluation(cfg: CfgNode) -> None:
             "TEST.PRECISE_BN.ENABLED and SOLVER.EMA.ENABLED are True; the statistics would be "
             "those of other weights than the averaged ones"
         )
+    if test.VALIDATION_LOSS and cfg.MODEL.LOAD_PROPOSALS:
+        raise ConfigError(
+            "TEST.VALIDATION_LOSS and MODEL.LOAD_PROPOSALS are True; the losses are computed "
+            "without files of proposals"
+        )
     if test.PATIENCE < 0:
         raise ConfigError(f"TEST.PATIENCE is {test.PATIENCE}; it must be 1 or more, or 0 for never")
     if test.PATIENCE and not test.BEST_METRIC:

@@ -117,6 +117,9 @@ class LSNetTrainer(DefaultTrainer, StoppableTrainer):
         """
         planned = max(self.scheduler.base_lrs)
         rest = self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
+        with_average = self.checkpointer.resumed_from and rest.get("weights") == AVERAGED
+        if self._average and not with_average:
+            self._average.start()
         if path := self.checkpointer.resumed_from:
             refuse_other_average(
                 path, saved=rest.get("weights") == AVERAGED, wanted=self._average is not None
@@ -161,7 +164,7 @@ class LSNetTrainer(DefaultTrainer, StoppableTrainer):
         # the last one that is done; hooks that save at the end are called when none is at hand
         state["iteration"] = min(self.iter, self.max_iter - 1)
         state["seed"] = self.seed
-        state["loss_normalizers"] = loss_normalizers(self.model)
+        state["loss_normalizers"] = loss_normalizers(self.checkpointer.model)
         if isinstance(self.data_loader, TrainingLoader):
             batches = (state["iteration"] + 1) * self.cfg.SOLVER.ACCUMULATION_STEPS
             state["data_loader"] = self.data_loader.state_dict(batches)
@@ -175,7 +178,7 @@ class LSNetTrainer(DefaultTrainer, StoppableTrainer):
         if self.seed != state_dict["seed"]:
             logger.info("Going on with the seed of the checkpoint, %d", state_dict["seed"])
         self.seed = state_dict["seed"]
-        set_loss_normalizers(self.model, state_dict["loss_normalizers"])
+        set_loss_normalizers(self.checkpointer.model, state_dict["loss_normalizers"])
         if isinstance(self.data_loader, TrainingLoader) and "data_loader" in state_dict:
             self.data_loader.load_state_dict(state_dict["data_loader"])
 

@@ -37,6 +37,20 @@ class TrainingError(UserError):
     """A training cannot go on."""
 
 
+class NonFiniteWeightsError(TrainingError):
+    """A weight, or a statistic of batch norm, is infinite or not a number."""
+
+
+class DeadWorkerError(TrainingError):
+    """A process that loads images has ended."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"a process that loads images has ended ({reason}). There may be too little memory: "
+            "try a lower DATALOADER.NUM_WORKERS. --resume goes on from the last checkpoint"
+        )
+
+
 class NonFiniteLossError(TrainingError):
     """A loss is infinite or not a number. It is raised in all processes of a training.
 
@@ -71,10 +85,6 @@ class NonFiniteLossError(TrainingError):
             "(tools/visualize_data.py); otherwise a lower SOLVER.BASE_LR, a longer "
             "SOLVER.WARMUP_ITERS or SOLVER.CLIP_GRADIENTS may help"
         )
-
-
-class NonFiniteWeightsError(TrainingError):
-    """A weight is infinite or not a number, though no loss was."""
 
 
 def exit_on_user_error(*errors: type[Exception]) -> Callable[[Callable[P, T]], Callable[P, T]]:

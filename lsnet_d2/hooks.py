@@ -1,10 +1,12 @@
 """Hooks of a training: the mean of its weights, its checkpoints, the best of them, and its end."""
 
+import itertools
 import logging
 import math
 
 from detectron2.engine import HookBase
 from detectron2.engine.hooks import PeriodicCheckpointer
+from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -44,6 +46,11 @@ class WeightAverage(HookBase):
         done = int(self._average.n_averaged)  # the argument may be on a device, and slow to read
         get_ema_multi_avg_fn(min(self._decay, done / (done + 9)))(averages, weights, done)
 
+    def start(self) -> None:
+        """Begin anew, with the weights that the trained model has now."""
+        self.averaged.load_state_dict(self._model.state_dict())
+        self._average.n_averaged.zero_()
+
     def after_step(self) -> None:
         self._average.update_parameters(self._model)
 
@@ -76,7 +83,8 @@ class CheckpointOfAverage:
 class WeightCheck(HookBase):
     """Before anything is evaluated or saved: weights that are not finite end the training.
 
-    Gradients may overflow while the loss is finite.
+    Gradients may overflow while the loss is finite; so may the statistics of batch norm, on which
+    the loss of a training does not depend.
     """
 
     def __init__(self, periods: tuple[int, ...]) -> None:
@@ -90,13 +98,23 @@ class WeightCheck(HookBase):
         done = self.trainer.iter + 1
         if done < self.trainer.max_iter and all(done % period for period in self._periods):
             return
-        for name, weight in self.trainer.model.named_parameters():
-            if not weight.isfinite().all():
-                raise NonFiniteWeightsError(
-                    f"iteration {self.trainer.iter}: the weight {name} is not finite any more, "
-                    "though the loss is; nothing was saved of it. A lower SOLVER.BASE_LR or "
-                    "SOLVER.CLIP_GRADIENTS may help; --resume goes on from the last checkpoint"
-                ).everywhere()
+        # each process has buffers of its own
+        found = next((name for name in comm.all_gather(self._first_broken()) if name), None)
+        if found:
+            raise NonFiniteWeightsError(
+                f"iteration {self.trainer.iter}: {found} is not finite any more, though the loss "
+                "is; nothing was saved of it. A lower SOLVER.BASE_LR or SOLVER.CLIP_GRADIENTS may "
+                "help; --resume goes on from the last checkpoint"
+            ).everywhere()
+
+    def _first_broken(self) -> str | None:
+        model = self.trainer.model
+        weights = (("the weight", *named) for named in model.named_parameters())
+        buffers = (("the buffer", *named) for named in model.named_buffers())
+        for kind, name, value in itertools.chain(weights, buffers):
+            if value.is_floating_point() and not value.isfinite().all():
+                return f"{kind} {name}"
+        return None
 
 
 class TrainingCheckpointer(PeriodicCheckpointer):
@@ -178,17 +196,24 @@ class BestMetric(HookBase):
         return bool(self._patience) and self.waited >= self._patience
 
     def _look(self, iteration: int) -> None:
-        latest = self.trainer.storage.latest()
-        value, known = agree((latest.get(self._metric, (None, 0))[0], sorted(latest)))
-        if value is None:
-            measured = ", ".join(name for name in known if "/" in name)
+        storage = self.trainer.storage
+        found = agree(
+            {
+                name: value
+                for name, (value, when) in storage.latest().items()
+                if "/" in name and when == storage.iter
+            }
+        )
+        if self._metric not in found:
             raise ConfigError(
                 f"TEST.BEST_METRIC is {self._metric!r}, which the evaluation does not give; it "
-                f"gives {measured or 'nothing'}"
+                f"gives {', '.join(sorted(found)) or 'nothing'}"
             ).everywhere()
-        if not math.isfinite(value) or (
-            self.best is not None and self._sign * (value - self.best) <= 0
-        ):
+        value = found[self._metric]
+        if not math.isfinite(value):  # as an AP is while nothing is found
+            self.waited += self.best is not None
+            return
+        if self.best is not None and self._sign * (value - self.best) <= 0:
             self.waited += 1
             return
         self.best, self.best_iteration, self.waited = value, iteration, 0

@@ -21,30 +21,39 @@ def seed_by(*key: int) -> None:
         key: integers from 0, such as a seed, what the numbers are for, and an iteration. Different
             keys give independent streams.
     """
-    low, high, for_numpy, for_python = np.random.SeedSequence(key).generate_state(4).tolist()
-    torch.manual_seed(low | (high & 0x7FFFFFFF) << 32)
-    np.random.seed(for_numpy)
-    random.seed(for_python)
+    torch.manual_seed(_seed_others(key))
 
 
 @contextmanager
-def seeded_by(*key: int) -> Iterator[None]:
-    """Within the block the global generators of the CPU are seeded; after it they go on as before.
+def seeded_by(*key: int, device: torch.device | None = None) -> Iterator[None]:
+    """Within the block global generators are seeded; after it they go on as before.
 
     Args:
-        key: as of :func:`seed_by`. Generators of other devices are left alone.
+        key: as of :func:`seed_by`.
+        device: a GPU whose generator is meant besides those of the CPU. Those of others are left
+            alone; workers that load data cannot touch them.
     """
-    states = torch.get_rng_state(), np.random.get_state(legacy=False), random.getstate()
+    gpus = [device] if device is not None and device.type == "cuda" else []
+    states = np.random.get_state(legacy=False), random.getstate()
+    with torch.random.fork_rng(gpus, device_type="cuda"):
+        seed = _seed_others(key)
+        torch.default_generator.manual_seed(seed)
+        for gpu in gpus:
+            with torch.cuda.device(gpu):
+                torch.cuda.manual_seed(seed)
+        try:
+            yield
+        finally:
+            np.random.set_state(states[0])
+            random.setstate(states[1])
+
+
+def _seed_others(key: tuple[int, ...]) -> int:
+    """Seed the generators of numpy and Python; returns the seed for torch."""
     low, high, for_numpy, for_python = np.random.SeedSequence(key).generate_state(4).tolist()
-    torch.default_generator.manual_seed(low | (high & 0x7FFFFFFF) << 32)
     np.random.seed(for_numpy)
     random.seed(for_python)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])
-        random.setstate(states[2])
+    return low | (high & 0x7FFFFFFF) << 32
 
 
 def with_seed(cfg: CfgNode) -> CfgNode:

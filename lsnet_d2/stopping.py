@@ -6,7 +6,7 @@ from detectron2.engine.train_loop import TrainerBase
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
-from .errors import TrainingError, UserError, one_line
+from .errors import DeadWorkerError, TrainingError, UserError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -16,8 +16,8 @@ class StoppableTrainer(TrainerBase):
 
     - A hook may lower ``max_iter`` to end the training after the iteration at hand, as if it were
       the last one.
-    - Errors of the user's world, of the disk, and of workers that died, become a UserError, and are
-      not logged with a traceback.
+    - Errors of the user's world, of the disk, of workers that died, and of boxes that are not
+      finite, become a UserError, and are not logged with a traceback.
     - After an error, or Ctrl-C, hooks only close what they have opened. (In Detectron2 those that
       act at the end do so too if it happens in the last iteration.)
     """
@@ -25,12 +25,13 @@ class StoppableTrainer(TrainerBase):
     def train(self, start_iter: int, max_iter: int) -> None:
         """
         Raises:
-            UserError: of any kind; :class:`TrainingError` where a file cannot be written, or a
-                worker that loads data has ended.
+            UserError: of any kind; :class:`TrainingError` where a file cannot be written, a worker
+                that loads data has ended, or an R-CNN has diverged.
         """
         logger.info("Starting training from iteration %d", start_iter)
         self.iter = self.start_iter = start_iter
         self.max_iter = max_iter
+        self._ended = 0  # hooks whose after_train has been called
         with EventStorage(start_iter) as self.storage:
             try:
                 self.before_train()
@@ -39,18 +40,27 @@ class StoppableTrainer(TrainerBase):
                     self.run_step()
                     self.after_step()
                     self.iter += 1
+                self.after_train()
             except BaseException as error:
+                reported = _as_user_error(error, min(self.iter, self.max_iter - 1))
                 self._end_early()
-                reported = _as_user_error(error, self.iter)
                 if reported is error:
                     raise
                 raise reported from error
-            self.after_train()
+
+    def after_train(self) -> None:
+        """End the hooks, each of them once, whatever one of them raises."""
+        self.storage.iter = self.iter
+        while self._ended < len(self._hooks):
+            self._ended += 1
+            self._hooks[self._ended - 1].after_train()
 
     def _end_early(self) -> None:
         """Let hooks close what they have opened; a second error must not hide the first one."""
         max_iter, self.max_iter = self.max_iter, self.iter + 2  # to them it is not the last one
-        for hook in self._hooks:
+        while self._ended < len(self._hooks):
+            hook = self._hooks[self._ended]
+            self._ended += 1
             try:
                 hook.after_train()
             except Exception as error:
@@ -59,15 +69,17 @@ class StoppableTrainer(TrainerBase):
 
 
 def _as_user_error(error: BaseException, iteration: int) -> BaseException:
-    # of torch, which may raise it anywhere, whatever the main process is doing; or what comes of
-    # reading from a worker that is gone
-    worker = isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
-    if worker or isinstance(error, (ConnectionError, EOFError)):
-        reason = one_line(error).partition(" It is possible")[0] or type(error).__name__
+    # of torch, which may raise it anywhere, whatever the main process is doing
+    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid"):
+        error = DeadWorkerError(one_line(error).partition(" It is possible")[0])
+    if isinstance(error, DeadWorkerError):
+        return TrainingError(f"iteration {iteration}: {error}")
+    # of Detectron2's region proposals
+    if isinstance(error, FloatingPointError) and "Training has diverged" in str(error):
         return TrainingError(
-            f"iteration {iteration}: a process that loads images has ended ({reason}). There may "
-            "be too little memory: try a lower DATALOADER.NUM_WORKERS. --resume goes on from the "
-            "last checkpoint"
+            f"iteration {iteration}: {one_line(error)} A lower SOLVER.BASE_LR, a longer "
+            "SOLVER.WARMUP_ITERS or SOLVER.CLIP_GRADIENTS may help; --resume goes on from the last "
+            "checkpoint"
         )
     if isinstance(error, OSError) and error.strerror and not isinstance(error, UserError):
         where = f"{error.filename}: " if error.filename else ""

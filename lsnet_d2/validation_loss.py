@@ -72,7 +72,7 @@ def validation_losses(
     """Means over all images of all processes, in every process, and their "total_loss".
 
     The model is as it was afterwards: no gradient, no statistics of batch norm, no random numbers
-    of the CPU are touched. Batch norm and dropout are as in inference.
+    of the CPU and of its device are touched. Batch norm and dropout are as in inference.
 
     Args:
         model: gives losses by name in training; not wrapped.
@@ -80,7 +80,10 @@ def validation_losses(
         seed: of what the losses choose at random.
     """
     sums, images = defaultdict(float), 0
-    with torch.no_grad(), _computing_losses(model), EventStorage(), seeded_by(seed, VALIDATION):
+    device = next(model.parameters()).device
+    seeded = seeded_by(seed, VALIDATION, device=device)
+    # Detectron2's models draw the images of every VIS_PERIOD-th iteration, and so of the 0th.
+    with torch.no_grad(), _computing_losses(model), EventStorage(1), seeded:
         normalizers = loss_normalizers(model)
         for batch, weight in batches:
             for name, loss in model(batch).items():

@@ -1,4 +1,5 @@
 import hashlib
+import io
 import logging
 import os
 import pickle
@@ -68,6 +69,27 @@ class _Execute:
 
     def __reduce__(self):
         return os.mkdir, (self.target,)
+
+
+def test_interruption_of_a_save(tmp_path, monkeypatch):
+    """In a write, torch makes another error of it."""
+    checkpointer = LSNetCheckpointer(nn.Linear(1, 1), str(tmp_path))
+    checkpointer.save("model_0000001", iteration=1)
+    calls = []
+
+    class Interrupted(io.BytesIO):
+        def write(self, data):
+            calls.append(data)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return super().write(data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lsnet_d2.files.open", lambda *_, **__: Interrupted(), raising=False)
+        with pytest.raises(KeyboardInterrupt):
+            checkpointer.save("model_0000002", iteration=2)
+    assert len(calls) == 3
+    assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model_0000001.pth"]
 
 
 @pytest.mark.parametrize("suffix", ["pth", "pyth", "pkl"])
@@ -232,6 +254,7 @@ def test_a_new_training_is_not_resumed_from_an_earlier_one(tmp_path, caplog):
     assert f"Moved the checkpoints of an earlier training to {earlier}" in caplog.text
     assert sorted(os.listdir(earlier)) == ["model_0000001.pth", "model_final.pth"]
     assert (earlier / "model_final.pth").read_bytes() == content
+    assert not (tmp_path / "last_checkpoint").exists()
     # killed before its first checkpoint, it starts again; after it, it goes on
     checkpointer = LSNetCheckpointer(model, str(tmp_path))
     assert checkpointer.resume_or_load("", resume=True) == {}
@@ -240,6 +263,24 @@ def test_a_new_training_is_not_resumed_from_an_earlier_one(tmp_path, caplog):
     # a third run within the same second has a folder of its own
     checkpointer.resume_or_load("", resume=False)
     assert len(list(tmp_path.glob("earlier_*/*.pth"))) == 3
+    # the best so far is gone on from if there is no other, as in a new folder
+    checkpointer.save("model_best", iteration=4, as_last=False)
+    assert checkpointer.resume_or_load("", resume=True)["iteration"] == 4
+
+
+def test_kill_after_checkpoints_are_moved(tmp_path):
+    """But before the note of it was removed."""
+    LSNetCheckpointer(nn.Identity(), str(tmp_path)).tag_last_checkpoint("")
+    checkpointer = LSNetCheckpointer(nn.Linear(2, 2), str(tmp_path))
+    assert checkpointer.resume_or_load("", resume=True) == {}
+    assert not (tmp_path / "last_checkpoint").exists()
+
+
+def test_a_checkpointer_without_a_folder_moves_nothing(tmp_path, monkeypatch):
+    model = saved_by_an_earlier_run(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    LSNetCheckpointer(model).resume_or_load("", resume=False)
+    assert len(list(tmp_path.glob("model_*.pth"))) == 2
 
 
 @pytest.mark.parametrize("moved", [0, 1])
@@ -263,6 +304,7 @@ def test_kill_while_checkpoints_are_moved(tmp_path, monkeypatch, moved):
     assert checkpointer.resume_or_load("", resume=True) == {}
     assert checkpointer.resumed_from is None
     assert not list(tmp_path.glob("model_*.pth"))
+    assert not (tmp_path / "last_checkpoint").exists()
 
 
 def test_only_the_main_process_moves_checkpoints(tmp_path):

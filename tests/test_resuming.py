@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_training import PERIOD, At, make_cfg, train, write_data
 
+from lsnet_d2.engine import LSNetTrainer
 from lsnet_d2.errors import CheckpointError
 
 
@@ -102,6 +103,33 @@ def test_a_drawn_seed_is_kept(folder, tmp_path, architecture, settings):
     second = train(cfg, resume=True)
     assert second.start_iter == 3 and second.seed == first.seed
     assert_equal(final(part), final(whole))
+
+
+def test_an_average_starts_with_the_loaded_weights(folder, tmp_path):
+    """Also where no iteration follows, and only the evaluation."""
+    cfg = make_cfg(folder, tmp_path, **{"SOLVER.MAX_ITER": 1, "SOLVER.EMA.ENABLED": False})
+    cfg.TEST.VALIDATION_LOSS = False
+    trained = train(cfg).model.state_dict()
+    cfg.SOLVER.EMA.ENABLED = True
+    assert_equal(dict(train(cfg, resume=True).evaluated_model.state_dict()), dict(trained))
+    cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR = str(tmp_path / "model_final.pth"), str(tmp_path / "new")
+    trainer = LSNetTrainer(cfg)
+    trainer.resume_or_load(resume=False)
+    assert_equal(dict(trainer.evaluated_model.state_dict()), dict(trained))
+
+
+def test_normalizers_of_several_processes_have_the_names_of_one(folder, tmp_path):
+    cfg = make_cfg(folder, tmp_path, architecture="RetinaNet")
+    trainer = LSNetTrainer(cfg)
+    model = trainer.model
+    model.loss_normalizer = 5.0
+    trainer.model = torch.nn.DataParallel(model)
+    state = trainer.state_dict()
+    assert state["loss_normalizers"] == {"": 5.0}
+    model.loss_normalizer = 6.0
+    trainer.load_state_dict(state)
+    assert model.loss_normalizer == 5.0
+    assert "loss_normalizer" not in vars(trainer.model)
 
 
 def test_averaged_weights_are_not_gone_on_without(folder, tmp_path):

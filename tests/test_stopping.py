@@ -8,16 +8,19 @@ import signal
 
 import pytest
 import torch
+from detectron2.engine import HookBase
 from tiny_training import At, make_cfg, train, write_data
 
 from lsnet_d2.checkpointer import LSNetCheckpointer
 from lsnet_d2.errors import (
     CheckpointError,
     ConfigError,
+    DeadWorkerError,
     NonFiniteLossError,
     NonFiniteWeightsError,
     TrainingError,
 )
+from lsnet_d2.stopping import StoppableTrainer
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +70,82 @@ def test_weights_that_are_not_finite_are_not_saved(folder, tmp_path):
     with pytest.raises(NonFiniteWeightsError, match=message):
         train(cfg, *holder)
     assert names(tmp_path) == ["model_0000000.pth"]
+
+
+class Loop(StoppableTrainer):
+    """One whose iterations do this, and whose hooks write down that they have ended."""
+
+    def __init__(self, *actions, at_end=()):
+        super().__init__()
+        self.actions, self.ended = actions, []
+        self.register_hooks([AtEnd(self.ended, action) for action in at_end])
+
+    def run_step(self):
+        self.actions[self.iter]()
+
+
+class AtEnd(HookBase):
+    def __init__(self, ended, action):
+        self.ended, self.action = ended, action
+
+    def after_train(self):
+        last = self.trainer.iter + 1 >= self.trainer.max_iter  # as of Detectron2's evaluation
+        self.ended.append((self.action, last))
+        if last:
+            self.action()
+
+
+def fail(error):
+    def action():
+        raise error
+
+    return action
+
+
+def nothing():
+    pass
+
+
+def test_hooks_end_once():
+    loop = Loop(nothing, nothing, at_end=[nothing, nothing])
+    loop.train(0, 2)
+    assert loop.ended == [(nothing, True)] * 2
+    assert loop.storage.iter == loop.iter == 2
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_failure_at_the_end(error):
+    """Such as of the last evaluation: the hooks after it are closed, it is not tried again."""
+    failing = fail(error)
+    loop = Loop(nothing, nothing, at_end=[nothing, failing, nothing])
+    expected = TrainingError if isinstance(error, OSError) else KeyboardInterrupt
+    with pytest.raises(expected) as caught:
+        loop.train(0, 2)
+    assert loop.ended == [(nothing, True), (failing, True), (nothing, False)]
+    if expected is TrainingError:
+        assert str(caught.value) == "iteration 1: No space left on device"
+
+
+def test_what_workers_report():
+    dead = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. It is possible ...")
+    with pytest.raises(TrainingError, match=r"^iteration 1: a process that loads .*\(.*Killed\.\)"):
+        Loop(nothing, fail(dead)).train(0, 2)
+    with pytest.raises(TrainingError, match=r"^iteration 0: a process that loads .*\(EOFError\)"):
+        Loop(fail(DeadWorkerError("EOFError"))).train(0, 1)
+    # errors of the mapper, and any others, keep their traceback
+    text = "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback ..."
+    for error in (RuntimeError(text), EOFError()):
+        with pytest.raises(type(error)) as caught:
+            Loop(fail(error)).train(0, 1)
+        assert caught.value is error
+
+
+def test_proposals_that_are_not_finite():
+    text = "Predicted boxes or scores contain Inf/NaN. Training has diverged."
+    with pytest.raises(TrainingError, match="iteration 1: Predicted .*diverged. A lower SOLVER.BA"):
+        Loop(nothing, fail(FloatingPointError(text))).train(0, 2)
+    with pytest.raises(FloatingPointError):
+        Loop(fail(FloatingPointError("overflow"))).train(0, 1)
 
 
 def test_full_disk(folder, tmp_path):
@@ -197,6 +276,7 @@ def test_unknown_metric(folder, tmp_path):
         ({"TEST.PATIENCE": -1}, "TEST.PATIENCE is -1"),
         ({"TEST.BEST_METRIC": "a/b", "TEST.EVAL_PERIOD": 0}, "TEST.BEST_METRIC needs .*EVAL_PERI"),
         ({"SOLVER.EMA.DECAY": 1.0}, "SOLVER.EMA.DECAY is 1.0"),
+        ({"MODEL.LOAD_PROPOSALS": True}, "TEST.VALIDATION_LOSS and MODEL.LOAD_PROPOSALS"),
         ({"TEST.PRECISE_BN.ENABLED": True}, "PRECISE_BN.ENABLED and SOLVER.EMA.ENABLED"),
     ],
 )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.layers import NaiveSyncBatchNorm
-from detectron2.utils.events import EventStorage
+from detectron2.utils.events import EventStorage, get_event_storage
 from tiny_model import make_input, tiny_model
 from tiny_training import make_cfg, write_data
 from torch import nn
@@ -44,6 +44,20 @@ class Noisy(nn.Module):
         for norm in self.norms:
             x = norm(x)
         return {"loss": self.dropout(x).mean() / self.loss_normalizer + torch.rand(())}
+
+
+class Drawing(nn.Linear):
+    """Draws images as Detectron2's models with a VIS_PERIOD do."""
+
+    def forward(self, batch):
+        storage = get_event_storage()
+        for period in (2, 20):
+            assert storage.iter % period
+        return {"loss": self.weight.sum()}
+
+
+def test_nothing_is_drawn():
+    validation_losses(Drawing(1, 1), [(BATCH, 1), (OTHER, 1)], 0)
 
 
 def test_nothing_is_touched():

@@ -17,7 +17,7 @@ from detectron2.data.samplers import (
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DeadWorkerError, one_line
 from ..seeding import AUGMENTATION, ORDER, seeded_by
 from .images import read_image_size
 
@@ -69,6 +69,11 @@ class TrainingLoader:
         self._mapper = mapper
 
     def __iter__(self) -> Iterator[list[dict]]:
+        """
+        Raises:
+            DeadWorkerError: an image could not be received. (torch notices most deaths of workers,
+                anywhere in the main process, and raises a RuntimeError.)
+        """
         stream = GroupedStream(
             self._make_sampler(self.seed), self.batch_size, self._wide, skip=self.batches_done
         )
@@ -83,7 +88,13 @@ class TrainingLoader:
         )
         examples = iter(examples)
         while True:
-            yield list(itertools.islice(examples, self.batch_size))
+            try:
+                batch = list(itertools.islice(examples, self.batch_size))
+            except (ConnectionError, EOFError) as error:
+                if not self._num_workers or str(error).startswith("Caught "):  # of the mapper
+                    raise
+                raise DeadWorkerError(one_line(error) or type(error).__name__) from error
+            yield batch
 
     def state_dict(self, batches_done: int) -> dict[str, int]:
         """

@@ -11,7 +11,7 @@ from PIL import Image
 from tiny_model import tiny_cfg
 
 from lsnet_d2.data.train_loader import TrainingLoader, sampler_maker
-from lsnet_d2.errors import ConfigError
+from lsnet_d2.errors import ConfigError, DeadWorkerError
 from lsnet_d2.seeding import seed_by
 
 SIZES = [(64, 48), (48, 64), (64, 64), (80, 48), (30, 64), (64, 48), (90, 20)]  # width, height
@@ -120,6 +120,33 @@ def test_what_the_mapper_refuses_is_replaced():
         assert before["index"] in (0, 3) or before["index"] == after["index"]
     with pytest.raises(RuntimeError, match="made nothing"):
         first(make(mapper=Mapper(refused=range(len(SIZES)))), 1)
+
+
+def test_images_of_a_worker_that_is_gone(monkeypatch):
+    class Gone:
+        def __init__(self, *_, **__):
+            pass
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            raise ConnectionResetError(104, "Connection reset by peer")
+
+    monkeypatch.setattr("lsnet_d2.data.train_loader.DataLoader", Gone)
+    with pytest.raises(DeadWorkerError, match="has ended .*Connection reset by peer.*NUM_WORKERS"):
+        first(make(2), 1)
+    with pytest.raises(ConnectionResetError):  # there is no worker
+        first(make(0), 1)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_errors_of_the_mapper_are_its_own(num_workers):
+    def mapper(record):
+        raise EOFError("no data left in file")
+
+    with pytest.raises(EOFError, match="no data left"):
+        first(make(num_workers, mapper=mapper), 1)
 
 
 def test_sizes_are_read_where_the_records_have_none(tmp_path):

@@ -209,7 +209,7 @@ def test_interrupted_training_says_how_to_go_on(data):
             assert process.poll() is None and time.time() < deadline
             time.sleep(0.02)
         os.killpg(process.pid, signal.SIGINT)
-        _, messages = process.communicate(timeout=60)
+        _, messages = process.communicate(timeout=180)  # the end of Python is slow under load
     finally:
         process.kill()
     last = data / "output" / (data / "output" / "last_checkpoint").read_text()
