@@ -13,13 +13,10 @@ is a hole, or uncompressed RLE for crowds. Every annotation has keypoints, all z
 without any, since COCO's evaluation wants them alike.
 """
 
-import contextlib
 import json
 import logging
 import os
 import shutil
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,7 +38,6 @@ GENERATOR_VERSION = 1  # to be raised by every change that alters a byte of the 
 SPLITS = ("train", "val")
 JPEG_QUALITY = 88
 
-_SCENES_A_TASK = 50  # that a process draws; more of them are shared among processes
 _TOLERANCE = 0.15  # how far (pixels) an outline may run from the mask's edge
 _MIN_PART = 2.0  # smaller splinters of an object (pixels^2) are not outlined
 _MAX_HOLES = 0.01  # share of an object that may be hole before polygons will not do
@@ -135,21 +131,18 @@ def generate(
     json_file.parent.mkdir(exist_ok=True)
 
     images, annotations = [], []
-    draw = partial(_save_scene, image_root, SPLITS.index(split), size, seed)
-    with contextlib.ExitStack() as stack:
-        scenes = map(draw, range(1, num_images + 1))
-        if num_images > _SCENES_A_TASK:
-            pool = stack.enter_context(ProcessPoolExecutor(len(os.sched_getaffinity(0))))
-            scenes = pool.map(draw, range(1, num_images + 1), chunksize=_SCENES_A_TASK)
-        progress = tqdm(
-            scenes, desc=f"shapes {split}", total=num_images, unit="image", mininterval=2.0
-        )
-        for image, found in progress:
-            images.append(image)
-            for annotation in found:
-                annotations.append(
-                    {"id": len(annotations) + 1, "image_id": image["id"], **annotation},
-                )
+    for number in tqdm(
+        range(1, num_images + 1), desc=f"shapes {split}", unit="image", mininterval=2.0
+    ):
+        entropy = [seed, SPLITS.index(split), number]
+        scene = draw_scene(np.random.Generator(np.random.PCG64(entropy)), size)
+        file_name = f"{number:06d}.jpg"
+        Image.fromarray(scene.image).save(image_root / file_name, "JPEG", quality=JPEG_QUALITY)
+        images.append({"id": number, "file_name": file_name, "width": size, "height": size})
+        for annotation in scene_annotations(scene):
+            annotations.append(
+                {"id": len(annotations) + 1, "image_id": number, **annotation},
+            )
     content = {
         "info": {"description": "shapes: synthetic scenes", "version": str(GENERATOR_VERSION)},
         "licenses": [],
@@ -159,17 +152,6 @@ def generate(
     }
     _write_json(json_file, content)
     return ShapesSplit(str(json_file), str(image_root))
-
-
-def _save_scene(
-    folder: Path, split: int, size: int, seed: int, number: int
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Draw one scene into ``folder``: COCO's entry of the image, and its annotations."""
-    scene = draw_scene(np.random.Generator(np.random.PCG64([seed, split, number])), size)
-    file_name = f"{number:06d}.jpg"
-    Image.fromarray(scene.image).save(folder / file_name, "JPEG", quality=JPEG_QUALITY)
-    image = {"id": number, "file_name": file_name, "width": size, "height": size}
-    return image, scene_annotations(scene)
 
 
 def coco_categories() -> list[dict[str, Any]]:
