@@ -1,3 +1,4 @@
+import signal
 import sys
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from parity_report import ParityReport
 # The same examples in every run; a slow shared machine is no failure.
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("ci")
+
+# A shell that runs the tests in the background lets them ignore Ctrl-C, and the tools they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The models are tiny; threads would only wait for one another.
 torch.set_num_threads(1)

@@ -80,9 +80,9 @@ def test_losses_and_gradients_in_bfloat16_are_near(task):
     assert low_losses != losses  # it was another precision
     # How bfloat16 is added up is the processor's; rounding moves the maxima that corners pool.
     assert low_losses == pytest.approx(losses, rel=0.05)
-    least = 0.7 if task == "corners" else 0.9
+    least, within = (0.7, 0.2) if task == "corners" else (0.9, 0.1)
     assert torch.cosine_similarity(gradients, low_gradients, dim=0) > least
-    assert low_gradients.norm().item() == pytest.approx(gradients.norm().item(), rel=0.1)
+    assert low_gradients.norm().item() == pytest.approx(gradients.norm().item(), rel=within)
 
 
 @pytest.mark.parametrize("task", TASKS)

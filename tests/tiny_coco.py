@@ -142,6 +142,7 @@ def registered(folder: Path, architecture: str) -> Iterator[None]:
     registered as tiny_train and tiny_val."""
     write_coco(folder)
     write_config(folder, architecture)
+    forget_data()  # of a test that has loaded a config with these names
     for split in SPLITS:
         register_coco_instances(
             f"tiny_{split}",
@@ -152,9 +153,14 @@ def registered(folder: Path, architecture: str) -> Iterator[None]:
     try:
         yield
     finally:
-        for split in SPLITS:
-            DatasetCatalog.remove(f"tiny_{split}")
-            MetadataCatalog.remove(f"tiny_{split}")
+        forget_data()
+
+
+def forget_data() -> None:
+    """Take tiny_train and tiny_val out of the catalogs."""
+    for split in SPLITS:
+        DatasetCatalog.pop(f"tiny_{split}", None)
+        MetadataCatalog.pop(f"tiny_{split}", None)
 
 
 def registered_cfg(folder: Path, *opts: str) -> CfgNode:

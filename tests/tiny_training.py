@@ -48,9 +48,9 @@ def make_cfg(folder, output, *opts, architecture="LSNet", **settings):
     settings = {
         "MODEL.DEVICE": "cpu",
         "OUTPUT_DIR": str(output),
-        "DATASETS.COCO_FILES": f"[['own', '{folder}/data.json', '{folder}/images']]",
-        "DATASETS.TRAIN": "('own',)",
-        "DATASETS.TEST": "('own',)",
+        "DATASETS.COCO_FILES": f"[['stream', '{folder}/data.json', '{folder}/images']]",
+        "DATASETS.TRAIN": "('stream',)",
+        "DATASETS.TEST": "('stream',)",
         "TEST.EVAL_PERIOD": 4,
         "TEST.VALIDATION_LOSS": True,
         "INPUT.MIN_SIZE_TRAIN": "(40, 48, 56, 64)",
