@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
+from detectron2.modeling import build_model
 from PIL import Image
 
 from lsnet_d2.config_file import load_config
@@ -220,3 +222,15 @@ def run_tool_here(monkeypatch: pytest.MonkeyPatch, name: str, *args: object) -> 
     except SystemExit as exit_:
         return exit_.code
     return 0
+
+
+def make_finding_model(cfg: CfgNode, seed: int) -> torch.nn.Module:
+    """An LSNet with random weights that finds much in anything."""
+    torch.manual_seed(seed)
+    model = build_model(cfg)
+    for name, parameter in model.named_parameters():
+        if name.startswith("head."):
+            parameter.data += 0.05 * torch.randn_like(parameter)
+        if name.endswith("conv3.norm.weight"):
+            parameter.data.zero_()  # untrained residuals would grow beyond bounds
+    return model

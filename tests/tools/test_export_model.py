@@ -6,10 +6,8 @@ import sys
 
 import numpy as np
 import pytest
-import torch
-from detectron2.modeling import build_model
 from PIL import Image
-from tiny_coco import ROOT, run_tool_here, tool_environment, write_config
+from tiny_coco import ROOT, make_finding_model, run_tool_here, tool_environment, write_config
 
 import lsnet_d2.export
 from lsnet_d2 import LSNetPredictor
@@ -36,13 +34,8 @@ def folder(tmp_path_factory):
     demo.mkdir(parents=True)
     write_config(demo, "LSNet")
     (demo / "config.yaml").write_text(CONFIG)
-    torch.manual_seed(1)
-    model = build_model(load_config(str(demo / "config.yaml"), ["MODEL.DEVICE", "cpu"]))
-    for name, parameter in model.named_parameters():
-        if name.startswith("head."):
-            parameter.data += 0.05 * torch.randn_like(parameter)
-        if name.endswith("conv3.norm.weight"):
-            parameter.data.zero_()  # untrained residuals would grow beyond bounds
+    cfg = load_config(str(demo / "config.yaml"), ["MODEL.DEVICE", "cpu"])
+    model = make_finding_model(cfg, seed=1)
     LSNetCheckpointer(model, str(demo)).save("model_final")
     Image.fromarray(data.cat()).save(folder / "photo.jpg", quality=95)
     for name in ("tools", "projects"):
