@@ -58,10 +58,11 @@ class LSNetTrainer(DefaultTrainer, StoppableTrainer):
     augmentation. There are averaged weights (``SOLVER.EMA``), validation losses
     (``TEST.VALIDATION_LOSS``), and an end for want of progress (``TEST.PATIENCE``).
 
-    A training that is resumed computes what it would have computed without the interruption. The
-    random numbers of an iteration depend on the seed, the iteration and the process alone, those of
-    the data see :class:`lsnet_d2.data.train_loader.TrainingLoader`; what else there is of state is
-    in the checkpoints, and the seed too.
+    A training in one process that is resumed computes what it would have computed without the
+    interruption (docs/training.md has the limits). The random numbers of an iteration depend on the
+    seed, the iteration and the process alone, those of the data see
+    :class:`lsnet_d2.data.train_loader.TrainingLoader`; what else there is of state is in the
+    checkpoints, and the seed too.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
