@@ -1,16 +1,11 @@
 """Checkpoints that are whole or absent, and are refused when they do not fit the model."""
 
 import glob
-import hashlib
 import itertools
 import logging
 import os
-import pickle
-import re
 import time
-import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +19,15 @@ from .checkpoint import convert_lsnet_checkpoint, is_released_checkpoint
 from .errors import CheckpointError, one_line
 from .files import atomic_write, remove_partial_files
 from .imagenet import convert_imagenet_weights, is_imagenet_checkpoint, some
+from .weight_files import (
+    as_checkpoint_error,
+    check_digest,
+    is_whole_checkpoint,
+    named_weights,
+    read_model_zoo_pickle,
+    read_pycls_file,
+    read_torch_file,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -221,7 +225,7 @@ class LSNetCheckpointer(DetectionCheckpointer):
                 return None
             files = [last] + [file for file in files if file != last]
         for file in files:
-            if _is_whole(file):
+            if is_whole_checkpoint(file):
                 if file != files[0]:
                     logger.warning("Going on from %s instead", file)
                 return file
@@ -244,19 +248,19 @@ class LSNetCheckpointer(DetectionCheckpointer):
         if not os.path.isfile(local):
             raise CheckpointError(f"no such file of weights: {url}")
         if "://" in url:
-            _check_digest(url, local)
+            check_digest(url, local)
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        with _reading(filename):
-            if filename.endswith(".pkl"):
-                loaded = _from_model_zoo(_load_numpy_pickle(filename))
-            elif filename.endswith(".pyth"):
-                loaded = _from_pycls(_load_torch_file(filename))
-            else:
+        if filename.endswith(".pkl"):
+            loaded = read_model_zoo_pickle(filename)
+        elif filename.endswith(".pyth"):
+            loaded = read_pycls_file(filename)
+        else:
+            with as_checkpoint_error(filename):  # an option behind a "?" may be unknown
                 loaded = super()._load_file(filename)
         if loaded.get("weights") == AVERAGED:
             logger.info("%s has averaged weights (SOLVER.EMA)", filename)
-        weights = _named_weights(filename, loaded)
+        weights = named_weights(filename, loaded)
         try:
             if self.cfg is not None and is_released_checkpoint(weights):
                 weights = convert_lsnet_checkpoint(weights, self.cfg)
@@ -267,7 +271,7 @@ class LSNetCheckpointer(DetectionCheckpointer):
         return {**loaded, "model": weights}
 
     def _torch_load(self, f: str) -> Mapping[str, Any]:
-        return _load_torch_file(f)
+        return read_torch_file(f)
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         try:
@@ -315,96 +319,6 @@ class LSNetCheckpointer(DetectionCheckpointer):
             )
 
 
-def read_weights(path: str) -> Mapping[str, Any]:
-    """The weights in a file of ``torch.save``, by the names they have there.
-
-    Raises:
-        CheckpointError: the file is missing, damaged, or holds more than plain data.
-    """
-    if not os.path.isfile(path):
-        raise CheckpointError(f"no such file of weights: {path}")
-    with _reading(path):
-        return _named_weights(path, _load_torch_file(path))
-
-
-def _check_digest(url: str, path: str) -> None:
-    """Refuse a download whose name ends in the start of its SHA-256, as torch.hub has it, and that
-    is another file."""
-    match = re.search(r"-([0-9a-f]{8,64})\.\w+$", url)
-    if not match:
-        return
-    sha256 = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            sha256.update(chunk)
-    digest = sha256.hexdigest()
-    if not digest.startswith(match.group(1)):
-        raise CheckpointError(
-            f"{url}: what was downloaded is not the file that its name says (SHA-256 {digest}); "
-            f"remove {path} to try again, or give a file of your own"
-        )
-
-
-@contextmanager
-def _reading(path: str) -> Iterator[None]:
-    """Turn whatever a reader of pickles raises into a CheckpointError."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except Exception as error:  # damaged bytes may raise anything
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(
-            f"cannot read the weights {path} (damaged, or more than plain data): {reason[0]}"
-        ) from error
-
-
-def _load_torch_file(path: str) -> Mapping[str, Any]:
-    # torch does not look at the checksums of an archive; it reads a damaged tensor as it is
-    if zipfile.is_zipfile(path) and (damaged := _first_damaged(path)):
-        raise CheckpointError(f"{path} is damaged: the checksum of {damaged} is wrong")
-    return _require_names(path, torch.load(path, map_location="cpu", weights_only=True))
-
-
-def _named_weights(path: str, data: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Out of what stands beside them: Detectron2 saves them as "model", mmdetection as
-    "state_dict"."""
-    for key in ("model", "state_dict"):
-        if key in data:
-            data = _require_names(path, data[key])
-    return data
-
-
-def _require_names(path: str, data: Any) -> Mapping[str, Any]:
-    """``data``, which must have strings for keys."""
-    if not isinstance(data, Mapping):
-        raise CheckpointError(f"{path} holds a {type(data).__name__}, not named weights")
-    other = next((key for key in data if not isinstance(key, str)), None)
-    if other is not None:
-        raise CheckpointError(f"{path} holds {other!r} where the name of a weight should be")
-    return data
-
-
-def _first_damaged(path: str) -> str | None:
-    """The first file in an archive whose checksum is wrong."""
-    with zipfile.ZipFile(path) as archive:
-        return archive.testzip()
-
-
-def _is_whole(path: str) -> bool:
-    """Whether a file of torch.save is complete, its checksums hold, and torch can read it."""
-    try:
-        if _first_damaged(path):
-            return False
-        # the tensors themselves stay on the disk
-        data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        _require_names(path, _require_names(path, data).get("model"))
-    except Exception:  # damaged bytes may raise anything
-        logger.debug("%s is not a whole checkpoint", path, exc_info=True)
-        return False
-    return True
-
-
 def _os_reason(error: BaseException) -> str:
     """What the system says, which may stand behind another error."""
     for seen in _with_reasons(error):
@@ -418,56 +332,3 @@ def _with_reasons(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
-
-
-class _NumpyUnpickler(pickle.Unpickler):
-    """Reads numpy arrays in plain containers; anything else in the file is refused."""
-
-    _ALLOWED = {
-        ("numpy", "ndarray"),
-        ("numpy", "dtype"),
-        ("numpy.core.multiarray", "_reconstruct"),
-        ("numpy._core.multiarray", "_reconstruct"),
-        ("numpy.core.multiarray", "scalar"),
-        ("numpy._core.multiarray", "scalar"),
-        ("collections", "OrderedDict"),
-        ("_codecs", "encode"),
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._ALLOWED:
-            raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a file of weights")
-        return super().find_class(module, name)
-
-
-def _load_numpy_pickle(path: str) -> Mapping[str, Any]:
-    with open(path, "rb") as file:
-        return _require_names(path, _NumpyUnpickler(file, encoding="latin1").load())
-
-
-def _from_model_zoo(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Detectron2's zoo names its author; other pickles are Caffe2's and matched by heuristics."""
-    if "model" in data and "__author__" in data:
-        return dict(data)
-    blobs = data.get("blobs", data)
-    weights = {name: value for name, value in blobs.items() if not name.endswith("_momentum")}
-    return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
-
-
-def _from_pycls(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Files of pycls, as Detectron2 takes them."""
-    weights = data.get("model_state")
-    if not isinstance(weights, Mapping):
-        raise CheckpointError("no 'model_state', which files of pycls have")
-    weights = {k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")}
-    return {"model": weights, "__author__": "pycls", "matching_heuristics": True}
-
-
-def require_plain_pickle(path: str) -> None:
-    """Refuse a pickle that holds more than numpy arrays in plain containers.
-
-    Raises:
-        CheckpointError: it does, or it is missing or damaged.
-    """
-    with _reading(path):
-        _load_numpy_pickle(path)

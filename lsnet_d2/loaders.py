@@ -13,7 +13,6 @@ from detectron2.data.build import filter_images_with_only_crowd_annotations
 from detectron2.utils import comm
 from torch.utils.data import DataLoader
 
-from .checkpointer import require_plain_pickle
 from .config_file import classes_key, num_classes
 from .data.annotation_checks import check_dataset_dicts
 from .data.catalog import reporting_data_errors
@@ -22,6 +21,7 @@ from .data.train_loader import TrainingLoader, sampler_maker
 from .errors import ConfigError, UserError
 from .seeding import with_seed
 from .validation_loss import ValidationLoader, validation_mapper
+from .weight_files import require_plain_pickle
 
 
 def load_training_data(cfg: CfgNode) -> list[dict]:

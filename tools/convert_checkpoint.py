@@ -18,12 +18,12 @@ from lsnet_d2.checkpoint import (
     is_released_checkpoint,
     released_names,
 )
-from lsnet_d2.checkpointer import read_weights
 from lsnet_d2.config_file import load_config
 from lsnet_d2.engine import LSNetTrainer
 from lsnet_d2.errors import CheckpointError, exit_on_user_error
 from lsnet_d2.files import atomic_write, require_new_file
 from lsnet_d2.imagenet import is_counter
+from lsnet_d2.weight_files import read_weights
 
 
 def get_parser() -> argparse.ArgumentParser:
