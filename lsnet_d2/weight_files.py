@@ -82,7 +82,7 @@ def read_pycls_file(path: str) -> dict[str, Any]:
     with as_checkpoint_error(path):
         weights = read_torch_file(path).get("model_state")
         if not isinstance(weights, Mapping):
-            raise CheckpointError("no 'model_state', which files of pycls have")
+            raise CheckpointError(f"{path} has no 'model_state', which files of pycls have")
         weights = {k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")}
         return {"model": weights, "__author__": "pycls", "matching_heuristics": True}
 
