@@ -13,7 +13,7 @@ import os
 from detectron2.engine import default_setup
 
 from lsnet_d2.config_file import classes_key, load_config
-from lsnet_d2.data.coco_json import read_coco_json, register_lsnet_instances
+from lsnet_d2.data.coco_json import read_coco_json
 from lsnet_d2.engine import LSNetTrainer
 from lsnet_d2.errors import UserError, exit_on_user_error
 from lsnet_d2.files import atomic_write, make_folder
@@ -63,9 +63,11 @@ def main() -> None:
     subset = os.path.join(args.output, "annotations.json")
     with atomic_write(subset, "w") as file:
         json.dump(data, file)
-    register_lsnet_instances(DATASET, subset, args.images)
 
-    opts = ["DATASETS.TRAIN", f"('{DATASET}',)", "DATASETS.TEST", f"('{DATASET}',)"]
+    # In the config that is saved, so that other tools know the data.
+    files = [[DATASET, os.path.abspath(subset), os.path.abspath(args.images)]]
+    opts = ["DATASETS.COCO_FILES", repr(files)]
+    opts += ["DATASETS.TRAIN", f"('{DATASET}',)", "DATASETS.TEST", f"('{DATASET}',)"]
     opts += ["INPUT.RANDOM_FLIP", "none", "OUTPUT_DIR", args.output]
     cfg = load_config(args.config_file, opts + args.opts)
     if classes_key(cfg) not in args.opts:

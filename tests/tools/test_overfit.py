@@ -53,7 +53,14 @@ def test_trains_and_evaluates_on_the_same_images(data):
     assert "AP,AP50,AP75" in result.stdout
     subset = json.loads((output / "annotations.json").read_text())
     assert [image["id"] for image in subset["images"]] == [1, 2]
-    assert (output / "model_final.pth").exists()
+    # The config that is left serves other tools.
+    result = run_tool(
+        "train_net.py",
+        *("--config-file", output / "config.yaml", "--eval-only"),
+        *("MODEL.WEIGHTS", output / "model_final.pth", "OUTPUT_DIR", data / "again"),
+    )
+    assert result.returncode == 0, result.stderr
+    assert "AP,AP50,AP75" in result.stdout
 
 
 def test_keypoints_are_those_of_the_file(data):
