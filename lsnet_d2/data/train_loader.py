@@ -1,6 +1,7 @@
 """The stream of training images, of which any part can be made anew."""
 
 import itertools
+import math
 import random
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -20,9 +21,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ..errors import ConfigError, DeadWorkerError, one_line
 from ..seeding import AUGMENTATION, ORDER, seeded_by
 from .images import read_image_size
+from .parcels import pack, unpack
 
 Mapper = Callable[[dict], dict | None]
 
+_BATCHES_READY = 2
 _MAX_TRIES = 100  # other images for one of which the mapper makes nothing
 
 
@@ -82,11 +85,12 @@ class TrainingLoader:
             sampler=stream,
             batch_size=None,  # of the workers each takes one image at a time
             num_workers=self._num_workers,
-            collate_fn=_as_it_is,
+            prefetch_factor=self._prefetched(),
+            collate_fn=pack if self._num_workers else _as_it_is,
             worker_init_fn=_ignore_interrupts,
             generator=torch.Generator(),  # otherwise it draws from the global one
         )
-        examples = iter(examples)
+        examples = map(unpack, examples) if self._num_workers else iter(examples)
         while True:
             try:
                 batch = list(itertools.islice(examples, self.batch_size))
@@ -95,6 +99,15 @@ class TrainingLoader:
                     raise
                 raise DeadWorkerError(one_line(error) or type(error).__name__) from error
             yield batch
+
+    def _prefetched(self) -> int | None:
+        """Images that each worker has ready: of all together ``_BATCHES_READY`` batches.
+
+        torch's two are meant for workers that make whole batches.
+        """
+        if not self._num_workers:
+            return None
+        return math.ceil(_BATCHES_READY * self.batch_size / self._num_workers)
 
     def state_dict(self, batches_done: int) -> dict[str, int]:
         """

@@ -1,4 +1,6 @@
 import itertools
+import multiprocessing
+import time
 
 import numpy as np
 import pytest
@@ -70,6 +72,24 @@ def test_batches_are_detectron2s(grouped):
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_workers_change_nothing(num_workers):
     assert first(make(num_workers), 12) == first(make(), 12)
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_workers_have_two_batches_ready(num_workers):
+    mapped = multiprocessing.Value("i")
+
+    class Counting(Mapper):
+        def __call__(self, record):
+            with mapped.get_lock():
+                mapped.value += 1
+            return super().__call__(record)
+
+    batches = iter(make(num_workers, batch_size=6, mapper=Counting()))
+    next(batches)
+    wait = time.monotonic() + 20
+    while mapped.value < 18 and time.monotonic() < wait:
+        time.sleep(0.01)
+    assert mapped.value == 18
 
 
 def test_the_stream_starts_anywhere():
