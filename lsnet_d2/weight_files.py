@@ -62,7 +62,7 @@ def read_model_zoo_pickle(path: str) -> dict[str, Any]:
     author; others are Caffe2's and matched by heuristics.
 
     Raises:
-        CheckpointError: as :func:`require_plain_pickle`, or there are none.
+        CheckpointError: see :func:`require_plain_pickle`.
     """
     with as_checkpoint_error(path):
         data = _load_numpy_pickle(path)
@@ -77,7 +77,7 @@ def read_pycls_file(path: str) -> dict[str, Any]:
     """The weights in a file of pycls, in the form that Detectron2 gives them.
 
     Raises:
-        CheckpointError: as :func:`read_torch_file`, or there are none.
+        CheckpointError: see :func:`read_torch_file`; or it has no 'model_state'.
     """
     with as_checkpoint_error(path):
         weights = read_torch_file(path).get("model_state")

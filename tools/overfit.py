@@ -12,7 +12,7 @@ import os
 
 from detectron2.engine import default_setup
 
-from lsnet_d2.config_file import classes_key, load_config
+from lsnet_d2.config_file import classes_key, load_config, merge_config
 from lsnet_d2.data.coco_json import read_coco_json
 from lsnet_d2.engine import LSNetTrainer
 from lsnet_d2.errors import UserError, exit_on_user_error
@@ -66,10 +66,11 @@ def main() -> None:
 
     # In the config that is saved, so that other tools know the data.
     files = [[DATASET, os.path.abspath(subset), os.path.abspath(args.images)]]
-    opts = ["DATASETS.COCO_FILES", repr(files)]
-    opts += ["DATASETS.TRAIN", f"('{DATASET}',)", "DATASETS.TEST", f"('{DATASET}',)"]
+    files += merge_config(args.config_file, args.opts).DATASETS.COCO_FILES
+
+    opts = ["DATASETS.TRAIN", f"('{DATASET}',)", "DATASETS.TEST", f"('{DATASET}',)"]
     opts += ["INPUT.RANDOM_FLIP", "none", "OUTPUT_DIR", args.output]
-    cfg = load_config(args.config_file, opts + args.opts)
+    cfg = load_config(args.config_file, [*opts, *args.opts, "DATASETS.COCO_FILES", repr(files)])
     if classes_key(cfg) not in args.opts:
         cfg.merge_from_list([classes_key(cfg), len(data["categories"])])
     cfg.freeze()

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ..errors import ConfigError, DeadWorkerError, one_line
 from ..seeding import AUGMENTATION, ORDER, seeded_by
 from .images import read_image_size
-from .parcels import pack, unpack
+from .serialization import pack, unpack
 
 Mapper = Callable[[dict], dict | None]
 
@@ -90,7 +90,7 @@ class TrainingLoader:
             worker_init_fn=_ignore_interrupts,
             generator=torch.Generator(),  # otherwise it draws from the global one
         )
-        examples = map(unpack, examples) if self._num_workers else iter(examples)
+        examples = iter(examples)
         while True:
             try:
                 batch = list(itertools.islice(examples, self.batch_size))
@@ -98,16 +98,15 @@ class TrainingLoader:
                 if not self._num_workers or str(error).startswith("Caught "):  # of the mapper
                     raise
                 raise DeadWorkerError(one_line(error) or type(error).__name__) from error
-            yield batch
+            yield [unpack(example) for example in batch] if self._num_workers else batch
 
     def _prefetched(self) -> int | None:
-        """Images that each worker has ready: of all together ``_BATCHES_READY`` batches.
-
-        torch's two are meant for workers that make whole batches.
+        """Images that each worker has ready: at least two, and all together ``_BATCHES_READY``
+        batches. torch's two alone are meant for workers that make whole batches.
         """
         if not self._num_workers:
             return None
-        return math.ceil(_BATCHES_READY * self.batch_size / self._num_workers)
+        return max(math.ceil(_BATCHES_READY * self.batch_size / self._num_workers), 2)
 
     def state_dict(self, batches_done: int) -> dict[str, int]:
         """

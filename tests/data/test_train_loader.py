@@ -74,8 +74,12 @@ def test_workers_change_nothing(num_workers):
     assert first(make(num_workers), 12) == first(make(), 12)
 
 
-@pytest.mark.parametrize("num_workers", [1, 3])
-def test_workers_have_two_batches_ready(num_workers):
+@pytest.mark.parametrize(
+    ("num_workers", "batch_size", "count"),
+    [(1, 6, 18), (2, 6, 18), (4, 2, 10)],
+    ids=["one", "two", "one for each two images"],
+)
+def test_workers_have_two_batches_ready(num_workers, batch_size, count):
     mapped = multiprocessing.Value("i")
 
     class Counting(Mapper):
@@ -84,12 +88,13 @@ def test_workers_have_two_batches_ready(num_workers):
                 mapped.value += 1
             return super().__call__(record)
 
-    batches = iter(make(num_workers, batch_size=6, mapper=Counting()))
+    batches = iter(make(num_workers, batch_size=batch_size, mapper=Counting()))
     next(batches)
     wait = time.monotonic() + 20
-    while mapped.value < 18 and time.monotonic() < wait:
+    while mapped.value < count and time.monotonic() < wait:
         time.sleep(0.01)
-    assert mapped.value == 18
+    time.sleep(0.2)  # to see that it ends there
+    assert mapped.value == count
 
 
 def test_the_stream_starts_anywhere():

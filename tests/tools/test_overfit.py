@@ -47,7 +47,7 @@ def test_trains_and_evaluates_on_the_same_images(data):
         tiny_coco.json_file(data, "train"),
         data / "coco" / "train2017",
         *("--config-file", tiny_coco.write_config(data), "--num-images", 2, "--output", output),
-        *("--opts", "SOLVER.MAX_ITER", 1),
+        *("--opts", "SOLVER.MAX_ITER", 1, "DATASETS.COCO_FILES", [["mine", "a.json", "images"]]),
     )
     assert result.returncode == 0, result.stderr
     assert "AP,AP50,AP75" in result.stdout
