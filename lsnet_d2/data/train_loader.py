@@ -86,7 +86,7 @@ class TrainingLoader:
             batch_size=None,  # of the workers each takes one image at a time
             num_workers=self._num_workers,
             prefetch_factor=self._prefetched(),
-            collate_fn=pack if self._num_workers else _as_it_is,
+            collate_fn=pack,
             worker_init_fn=_ignore_interrupts,
             generator=torch.Generator(),  # otherwise it draws from the global one
         )
@@ -98,7 +98,7 @@ class TrainingLoader:
                 if not self._num_workers or str(error).startswith("Caught "):  # of the mapper
                     raise
                 raise DeadWorkerError(one_line(error) or type(error).__name__) from error
-            yield [unpack(example) for example in batch] if self._num_workers else batch
+            yield [unpack(example) for example in batch]
 
     def _prefetched(self) -> int | None:
         """Images that each worker has ready: at least two, and all together ``_BATCHES_READY``
@@ -238,10 +238,6 @@ def _is_wide(record: dict) -> bool:
         return record["width"] > record["height"]
     height, width = read_image_size(record["file_name"])
     return width > height
-
-
-def _as_it_is(example: dict) -> dict:
-    return example
 
 
 def _ignore_interrupts(worker: int) -> None:
