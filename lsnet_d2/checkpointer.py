@@ -16,6 +16,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from .checkpoint import convert_lsnet_checkpoint, is_released_checkpoint
+from .description import KEY as DESCRIPTION_KEY
 from .errors import CheckpointError, one_line
 from .files import atomic_write, remove_partial_files
 from .imagenet import convert_imagenet_weights, is_imagenet_checkpoint, some
@@ -61,6 +62,7 @@ class LSNetCheckpointer(DetectionCheckpointer):
         cfg: CfgNode | None = None,
         save_to_disk: bool | None = None,
         averaged: nn.Module | None = None,
+        description: Mapping[str, Any] | None = None,
         **checkpointables: Any,
     ) -> None:
         """
@@ -69,10 +71,13 @@ class LSNetCheckpointer(DetectionCheckpointer):
             cfg: config of the model, to convert checkpoints of the released code for.
             averaged: a model with averaged weights, which are saved for those of ``model``. What
                 saves the trained ones must be among the checkpointables.
+            description: see :func:`lsnet_d2.description.describe_model`; it is saved with the
+                weights, and whoever has the file needs no other.
         """
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self.cfg = cfg
         self.averaged = averaged
+        self.description = description
         self.resumed_from: str | None = None
         self._source = ""
         self._strict = False
@@ -91,7 +96,9 @@ class LSNetCheckpointer(DetectionCheckpointer):
         if not self.save_dir or not self.save_to_disk:
             return
         model, kind = (self.averaged, AVERAGED) if self.averaged else (self.model, TRAINED)
-        data = {"model": model.state_dict(), "weights": kind}
+        data: dict[str, Any] = {"model": model.state_dict(), "weights": kind}
+        if self.description:
+            data[DESCRIPTION_KEY] = self.description
         data.update({key: value.state_dict() for key, value in self.checkpointables.items()})
         data.update(kwargs)
         path = os.path.join(self.save_dir, f"{name}.pth")

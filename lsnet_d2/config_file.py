@@ -19,11 +19,15 @@ from .data.annotation_checks import ON_INVALID
 from .data.builtin import explain_unregistered, register_coco_files
 from .data.contours import CONTOUR_METHODS
 from .data.dataset_mapper import EXTREME_POINT_SOURCES
+from .description import described_config
 from .errors import ConfigError, did_you_mean
 from .modeling import LSNetDatasetMapperTTA, build_branches
 from .modeling.test_time_augmentation import check_merging
 
 logger = logging.getLogger(__name__)
+
+# What --config-file of a tool takes.
+CONFIG_HELP = "a YAML file, or a checkpoint (.pth), which has the config of its training"
 
 # What keys with a choice may be: (key, values)
 CHOICES = (
@@ -51,7 +55,9 @@ def load_config(config_file: str, opts: list[str] = (), *, need_data_sets: bool 
     of ``DATASETS.COCO_FILES`` are registered (:func:`lsnet_d2.data.builtin.register_coco_files`).
 
     Args:
-        config_file: a YAML file, with ``_BASE_`` as in Detectron2. Empty: defaults only.
+        config_file: a YAML file, with ``_BASE_`` as in Detectron2; or a checkpoint (.pth) that a
+            training of this project wrote: its config, with its weights for ``MODEL.WEIGHTS``.
+            Empty: defaults only.
         opts: keys and values in turn.
         need_data_sets: see :func:`check_config`.
 
@@ -80,10 +86,29 @@ def merge_config(config_file: str, opts: list[str] = ()) -> CfgNode:
 def _merge_file(cfg: CfgNode, config_file: str) -> None:
     if not os.path.isfile(config_file):
         raise ConfigError(f"no such config file: {config_file}")
+    with _naming_file(cfg, config_file):
+        if config_file.endswith(".pth"):
+            _merge_described(cfg, config_file)
+        else:
+            _check_bases(config_file, ())
+            # Detectron2's default runs Python expressions that a file may contain
+            cfg.merge_from_file(config_file, allow_unsafe=False)
+
+
+def _merge_described(cfg: CfgNode, path: str) -> None:
+    content = yaml.safe_load(described_config(path))
+    if not isinstance(content, dict) or BASE_KEY in content:
+        raise ConfigError(f"{path}: its config is damaged")
+    cfg.merge_from_other_cfg(CfgNode(content))
+    cfg.MODEL.WEIGHTS = path
+    cfg.MODEL.DEVICE = "auto"  # the machine is another one, perhaps
+
+
+@contextmanager
+def _naming_file(cfg: CfgNode, config_file: str) -> Iterator[None]:
+    """Turn what merging a file into a config raises into a ConfigError that names both."""
     try:
-        _check_bases(config_file, ())
-        # Detectron2's default runs Python expressions that a file may contain
-        cfg.merge_from_file(config_file, allow_unsafe=False)
+        yield
     except OSError as error:
         raise ConfigError(f"{config_file}: cannot read {error.filename or error}") from error
     except yaml.YAMLError as error:

@@ -18,6 +18,7 @@ from .checkpointer import AVERAGED, LSNetCheckpointer
 from .config_file import reporting_config_errors
 from .data.catalog import reporting_data_errors
 from .data.train_loader import TrainingLoader
+from .description import describe_model
 from .errors import ConfigError
 from .evaluation import build_evaluator
 from .hooks import (
@@ -98,6 +99,7 @@ class LSNetTrainer(DefaultTrainer, StoppableTrainer):
             cfg.OUTPUT_DIR,
             cfg=cfg,
             averaged=average and average.averaged,
+            description=describe_model(cfg),
             trainer=weakref.proxy(self),
             **({"average": CheckpointOfAverage(average)} if average else {}),
         )

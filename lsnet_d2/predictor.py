@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import detectron2.data.transforms as T
 import numpy as np
@@ -16,6 +17,7 @@ from .config_file import check_config, merge_config, reporting_config_errors, re
 from .data.builtin import register_coco_files
 from .data.catalog import load_metadata
 from .data.images import ImageLike, NamedAugInput, load_image
+from .description import described_metadata
 from .exports import Results
 from .modeling import LSNetWithTTA
 from .modeling.test_time_augmentation import batches_of_one_size, keep_image_sizes
@@ -26,18 +28,19 @@ class LSNetPredictor:
 
     Images are resized as in evaluation, with ``TEST.AUG.ENABLED`` augmented as there, and the
     result is that of evaluation; it can be drawn and written for other programs (see
-    :class:`lsnet_d2.Results`). The data sets of the config need not be here, unless images are
-    mirrored for a model with keypoints, and only their files say what the keypoints are. Without
-    them results have numbers for names.
+    :class:`lsnet_d2.Results`). A checkpoint of a training of this project is all that it needs. The
+    data sets of the config need not be here, unless images are mirrored for a model with keypoints,
+    and only their files say what the keypoints are. Where neither they nor the checkpoint say what
+    classes are called, results have numbers for names.
 
     Attributes:
         cfg: the config, with the device and the weights that are used.
-        metadata: of the first of ``DATASETS.TEST``, with the names of classes as far as they are
-            known; None where there is none.
+        metadata: of the first of ``DATASETS.TEST``, and what the checkpoint says of classes and
+            keypoints; None where there is neither.
         model: in evaluation mode.
 
     Examples:
-        >>> predict = LSNetPredictor("config.yaml", weights="model_final.pth")
+        >>> predict = LSNetPredictor("model_final.pth")
         >>> results = predict("photo.jpg")
         >>> results.pred_boxes, results.scores, results.pred_extreme_points
         >>> results.draw().save("found.jpg")
@@ -56,8 +59,9 @@ class LSNetPredictor:
     ) -> None:
         """
         Args:
-            config: a YAML file, or a config, which is left as it is.
-            weights: None: those of ``MODEL.WEIGHTS``.
+            config: a YAML file, a checkpoint, which has the config of its training, or a config,
+                which is left as it is.
+            weights: None: those of ``MODEL.WEIGHTS``, which of a checkpoint are its own.
             device: of torch; "auto" is a GPU where there is one, else the CPU. That of the config
                 does not count.
             array_format: "BGR" or "RGB", the order of the channels of the arrays that are given.
@@ -90,13 +94,13 @@ class LSNetPredictor:
         self.cfg = cfg
         self.array_format = array_format
         self.batch_size = batch_size
-        names = cfg.DATASETS.TEST
-        self.metadata: Metadata | None = load_metadata(names[0]) if names else None
         with reporting_config_errors(cfg):
             self.model = build_model(cfg).eval()
-        LSNetCheckpointer(self.model, cfg=cfg).load(
+        checkpoint = LSNetCheckpointer(self.model, cfg=cfg).load(
             cfg.MODEL.WEIGHTS, checkpointables=[], strict=True
         )
+        described = described_metadata(checkpoint, cfg.MODEL.WEIGHTS)
+        self.metadata = _metadata(cfg.DATASETS.TEST, described)
         if cfg.TEST.AUG.ENABLED:
             self.model = LSNetWithTTA(cfg, self.model)
             cfg = keep_image_sizes(cfg)
@@ -162,3 +166,9 @@ class LSNetPredictor:
         resized = NamedAugInput(pixels, name)
         self._augmentation(resized)
         return torch.from_numpy(np.ascontiguousarray(resized.image.transpose(2, 0, 1)))
+
+
+def _metadata(test_sets: Sequence[str], described: dict[str, Any]) -> Metadata | None:
+    if test_sets:
+        return load_metadata(test_sets[0], described)
+    return Metadata(**described) if described else None

@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from lsnet_d2 import LSNetPredictor
-from lsnet_d2.config_file import load_config
+from lsnet_d2.config_file import CONFIG_HELP, load_config
 from lsnet_d2.data.images import IMAGE_SUFFIXES, ImageError, ImageLike
 from lsnet_d2.drawing import CONTOUR_STYLES
 from lsnet_d2.errors import UserError, exit_on_user_error
@@ -34,7 +34,7 @@ logger = logging.getLogger("lsnet_d2.demo")
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config-file", required=True, metavar="FILE")
+    parser.add_argument("--config-file", required=True, metavar="FILE", help=CONFIG_HELP)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--input", nargs="+", metavar="PATH", help="images, folders or globs")
     source.add_argument("--video-input", metavar="FILE")

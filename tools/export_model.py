@@ -14,7 +14,7 @@ from detectron2.utils.logger import setup_logger
 from torch import Tensor
 
 from lsnet_d2 import LSNetPredictor
-from lsnet_d2.config_file import load_config
+from lsnet_d2.config_file import CONFIG_HELP, load_config
 from lsnet_d2.data.images import convert_image, read_image
 from lsnet_d2.data.shapes_scene import draw_scene
 from lsnet_d2.errors import UserError, exit_on_user_error
@@ -39,7 +39,7 @@ logger = logging.getLogger("lsnet_d2.export")
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config-file", required=True, metavar="FILE")
+    parser.add_argument("--config-file", required=True, metavar="FILE", help=CONFIG_HELP)
     parser.add_argument("--format", choices=FORMATS, default="onnx")
     parser.add_argument("--output", required=True, metavar="FILE")
     parser.add_argument("--overwrite", action="store_true", help="replace the output")

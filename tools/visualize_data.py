@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import lsnet_d2  # noqa: F401  (registers the model, the backbones and the data sets)
-from lsnet_d2.config_file import load_config
+from lsnet_d2.config_file import CONFIG_HELP, load_config
 from lsnet_d2.data.annotation_checks import read_boxes
 from lsnet_d2.data.catalog import reporting_data_errors
 from lsnet_d2.data.images import read_image
@@ -40,7 +40,7 @@ logger = logging.getLogger("lsnet_d2.visualize_data")
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config-file", required=True, metavar="FILE")
+    parser.add_argument("--config-file", required=True, metavar="FILE", help=CONFIG_HELP)
     parser.add_argument(
         "--source",
         choices=["annotation", "dataloader"],

@@ -2,8 +2,9 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 
@@ -50,16 +51,24 @@ def class_name(metadata: Metadata, label: int) -> str:
     return str(names[label]) if label < len(names) else str(label)
 
 
-def load_metadata(dataset_name: str) -> Metadata:
+def load_metadata(dataset_name: str, described: Mapping[str, Any] | None = None) -> Metadata:
     """What is known of a data set's classes and keypoints, which its file may have to be read for.
 
     A COCO file that is registered with names of classes is read too: it has the ids of categories
     and the keypoints. Where that is not possible they stay unknown, with a warning.
+
+    Args:
+        described: what a checkpoint says (:func:`lsnet_d2.description.described_metadata`). Where
+            it has names of classes it stands in for the file.
     """
     metadata = MetadataCatalog.get(dataset_name)
     has_names = bool(metadata.get("thing_classes"))
     has_ids = bool(metadata.get("thing_dataset_id_to_contiguous_id"))
-    if has_names and (has_ids or not metadata.get("json_file")):
+    if has_names and has_ids:
+        return metadata
+    if described and described.get("thing_classes"):
+        return Metadata(**{**described, **metadata.as_dict()})
+    if has_names and not metadata.get("json_file"):
         return metadata
     try:
         if dataset_name not in DatasetCatalog:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from detectron2.utils.logger import setup_logger
 
-from ..config_file import load_config
+from ..config_file import CONFIG_HELP, load_config
 from ..drawing import CONTOUR_STYLES
 from ..errors import UserError, exit_on_user_error
 from ..predictor import LSNetPredictor
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger("lsnet_d2.webpage")
 
 _NO_MODEL = (
-    "no model: give --config-file and --weights, for instance those that `make demo` leaves: "
-    "lsnet-demo --config-file output/demo/config.yaml --weights output/demo/model_final.pth"
+    "no model: give a checkpoint, for instance the one that `make demo` leaves: "
+    "lsnet-demo --config-file output/demo/model_final.pth"
 )
 
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lsnet-demo", description=__doc__)
-    parser.add_argument("--config-file", metavar="FILE")
+    parser.add_argument("--config-file", metavar="FILE", help=CONFIG_HELP)
     parser.add_argument("--weights", metavar="FILE", help="default: MODEL.WEIGHTS of the config")
     parser.add_argument(
         "--examples",

@@ -35,7 +35,7 @@ def fails(capsys, *arguments):
 def test_without_a_model_it_says_what_to_give(capsys):
     code, message = fails(capsys)
     assert code == 2
-    assert message.startswith("error: no model: give --config-file and --weights")
+    assert message.startswith("error: no model: give a checkpoint")
     assert message.count("\n") == 1
 
 
