@@ -1,5 +1,6 @@
 """A config file to start with on a data set of one's own."""
 
+import math
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -8,10 +9,16 @@ import numpy as np
 import yaml
 from detectron2.data.datasets.builtin_meta import COCO_PERSON_KEYPOINT_NAMES
 
+from .config_file import merge_config
 from .data.dataset_statistics import class_statistics
 from .data.keypoints import skeleton_metadata
 from .errors import ConfigError
 from .evaluation import COCO_OKS_SIGMAS
+from .solver import schedule_of_length
+
+EPOCHS = 12  # COCO's 1x schedule
+MIN_ITERATIONS = 1000  # less is too little to learn anything from weights of ImageNet
+EVALUATIONS = 5  # during a training, the last at its end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +43,8 @@ def starting_config(
     The data sets get the file's name, with "_train" and "_val", and are registered by
     ``DATASETS.COCO_FILES``. Comments say what the file has for classes and for the skeleton, which
     are read from there. Keypoints that are neither COCO's people's nor have sigmas in the file get
-    the mean of COCO's, written out.
+    the mean of COCO's, written out. The training is as long as the number of images asks for, and
+    where there are other data to evaluate on, the best checkpoint is kept.
 
     Args:
         path: where the file will be; it says where the base is, relative to itself.
@@ -45,7 +53,7 @@ def starting_config(
         base_config: an LSNet config, which has the rest.
 
     Raises:
-        ConfigError: the two have different categories.
+        ConfigError: the two have different categories, or there is something wrong with the base.
     """
     categories = _categories(train.data)
     if test and _categories(test.data) != categories:
@@ -59,14 +67,17 @@ def starting_config(
         lsnet["BRANCHES"].append("contour")
     comments = [f"class {index}: {c.name}" for index, c in enumerate(classes)]
     skeleton = skeleton_metadata(train.data["categories"])
-    testing = {}
+    solver, testing = _schedule(base_config, train.data)
+    if test:
+        testing["BEST_METRIC"] = "bbox/AP"
     if skeleton:
         lsnet["BRANCHES"].append("keypoint")
         lsnet["NUM_KEYPOINTS"] = len(skeleton["keypoint_names"])
         posed = [index for index, c in enumerate(categories) if c.get("keypoints")]
         lsnet["KEYPOINT_CLASSES"] = posed if len(posed) < len(classes) else []
-        testing = _oks_sigmas(skeleton)
-        comments += _describe_skeleton(skeleton, "mean of COCO's, below" if testing else "COCO's")
+        sigmas = _oks_sigmas(skeleton)
+        testing |= sigmas
+        comments += _describe_skeleton(skeleton, "mean of COCO's, below" if sigmas else "COCO's")
     if not test:
         comments.append("There are no other data to evaluate on: AP is that of the training data.")
     files = {f"{name}_train": train} | ({f"{name}_val": test} if test else {})
@@ -81,7 +92,8 @@ def starting_config(
             "TRAIN": [f"{name}_train"],
             "TEST": [list(files)[-1]],
         },
-        **({"TEST": testing} if testing else {}),
+        "SOLVER": solver,
+        "TEST": testing,
         "OUTPUT_DIR": f"output/{name}",
     }
     comments.insert(
@@ -89,6 +101,25 @@ def starting_config(
     )
     body = yaml.safe_dump(config, sort_keys=False, default_flow_style=None, allow_unicode=True)
     return "".join(f"# {comment}\n" for comment in comments) + body
+
+
+def _schedule(base_config: str, data: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The keys of SOLVER and TEST that count iterations, for this number of images."""
+    cfg = merge_config(base_config)
+    images = len({annotation["image_id"] for annotation in data["annotations"]})
+    iterations = max(math.ceil(EPOCHS * images / cfg.SOLVER.IMS_PER_BATCH), MIN_ITERATIONS)
+    period = math.ceil(iterations / EVALUATIONS)
+    solver = {
+        key.removeprefix("SOLVER."): list(value) if isinstance(value, tuple) else value
+        for key, value in schedule_of_length(cfg, iterations).items()
+        if key.startswith("SOLVER.")
+    }
+    if cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupCosineLR":
+        del solver["STEPS"]  # it has none
+    # a warm-up protects the first steps, however many there are to come
+    solver["WARMUP_ITERS"] = min(cfg.SOLVER.WARMUP_ITERS, iterations // 10)
+    solver["CHECKPOINT_PERIOD"] = period
+    return solver, {"EVAL_PERIOD": period}
 
 
 def _categories(data: dict[str, Any]) -> list[dict]:

@@ -39,6 +39,9 @@ def test_the_config_fits_the_data(tmp_path, train, base):
     assert len(cfg.TEST.KEYPOINT_OKS_SIGMAS) == 5
     assert tuple(cfg.DATASETS.TRAIN) == tuple(cfg.DATASETS.TEST) == ("birds_train",)
     assert cfg.OUTPUT_DIR == "output/birds"
+    assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.WARMUP_ITERS) == (1000, 100)
+    assert (cfg.TEST.EVAL_PERIOD, cfg.SOLVER.CHECKPOINT_PERIOD) == (200, 200)
+    assert cfg.TEST.BEST_METRIC == ""  # it would be that of the training data
     assert len(DatasetCatalog.get("birds_train")) == 2
     assert MetadataCatalog.get("birds_train").thing_classes == ["ball", "bird", "box"]
     text = path.read_text()
@@ -63,6 +66,7 @@ def test_evaluates_on_other_data(tmp_path, train):
     assert tuple(cfg.DATASETS.TEST) == ("birds_val",)
     assert len(DatasetCatalog.get("birds_val")) == 1
     assert "no other data" not in config.read_text()
+    assert cfg.TEST.BEST_METRIC == "bbox/AP"
     test.data["categories"] = CATEGORIES[:2]
     with pytest.raises(ConfigError, match=r"val.json has other categories.*train.json"):
         write(tmp_path, train=train, test=test)
@@ -78,7 +82,7 @@ def test_only_what_there_is_to_learn(tmp_path, train):
         "BRANCHES": ["extreme"],
         "NUM_CLASSES": 3,
     }
-    assert "TEST" not in config
+    assert config["TEST"] == {"EVAL_PERIOD": 200}
 
 
 def test_tolerances_of_the_file(tmp_path, train):
@@ -88,7 +92,7 @@ def test_tolerances_of_the_file(tmp_path, train):
     text = write(tmp_path, train=train).read_text()
     assert "# OKS sigmas: 0.1, 0.1, 0.1, 0.1, 0.1\n" in text
     config = yaml.safe_load(text)
-    assert "TEST" not in config  # the data set's own are used
+    assert "KEYPOINT_OKS_SIGMAS" not in config["TEST"]  # the data set's own are used
     assert config["MODEL"]["LSNET"]["KEYPOINT_CLASSES"] == []
 
 
@@ -98,4 +102,17 @@ def test_tolerances_of_cocos_people_are_for_them_alone(tmp_path, train, names):
     text = write(tmp_path, train=train).read_text()
     ours = names == COCO_PERSON_KEYPOINT_NAMES
     assert ("# OKS sigmas: COCO's\n" in text) == ours
-    assert ("TEST" in yaml.safe_load(text)) != ours
+    assert ("KEYPOINT_OKS_SIGMAS" in yaml.safe_load(text)["TEST"]) != ours
+
+
+def test_the_training_is_as_long_as_the_data_ask_for(tmp_path, train):
+    """Twelve rounds; on the base of COCO its steps after 8 and 11 of them."""
+    for number in range(2, 2001):
+        train.data["images"].append({**train.data["images"][0], "id": number})
+        train.data["annotations"].append({**train.data["annotations"][0], "image_id": number})
+    text = write(tmp_path, train=train).read_text()
+    solver = yaml.safe_load(text)["SOLVER"]
+    assert solver == {"MAX_ITER": 6003, "WARMUP_ITERS": 150, "CHECKPOINT_PERIOD": 1201}
+    solver = yaml.safe_load(write(tmp_path, BASES[1], train=train).read_text())["SOLVER"]
+    assert solver["MAX_ITER"] == 1501 and solver["WARMUP_ITERS"] == 150
+    assert [round(step / 1501 * 12, 2) for step in solver["STEPS"]] == [8.0, 11.0]
