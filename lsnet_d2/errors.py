@@ -1,10 +1,18 @@
 """Errors of input, which a tool reports in one line, as opposed to bugs."""
 
+import errno
 import functools
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import ParamSpec, TypeVar
+
+# What the system refuses for reasons that no program can mend.
+_REFUSALS = {
+    getattr(errno, name)
+    for name in ("EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EFBIG", "EIO", "EMFILE", "ENFILE")
+    if hasattr(errno, name)
+}
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -90,6 +98,8 @@ class NonFiniteLossError(TrainingError):
 def exit_on_user_error(*errors: type[Exception]) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Decorator of a tool's entry: a user error becomes one line on stderr and exit status 2.
 
+    So does what the system refuses: a full disk, missing permissions, a read-only file system.
+
     Args:
         errors: classes that count as user errors besides :class:`UserError`.
     """
@@ -101,6 +111,12 @@ def exit_on_user_error(*errors: type[Exception]) -> Callable[[Callable[P, T]], C
                 return main(*args, **kwargs)
             except (UserError, *errors) as error:
                 print(f"error: {one_line(error)}", file=sys.stderr)
+                sys.exit(2)
+            except OSError as error:
+                if error.errno not in _REFUSALS:
+                    raise
+                where = f"{error.filename}: " if error.filename else ""
+                print(f"error: {where}{error.strerror}", file=sys.stderr)
                 sys.exit(2)
 
         return run

@@ -3,7 +3,7 @@
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -18,7 +18,7 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
 
     The data goes to ``.{name}.partial`` in the same folder, is flushed to the disk, and replaces
     ``path`` in one step. Whoever reads ``path`` sees the old content or the new one. After an
-    error, or a kill, the old content stays.
+    error, or a kill, the old content stays. Errors of the system name ``path``.
 
     Args:
         path: a local file; its folder must exist.
@@ -32,8 +32,11 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename in (None, str(partial)):
+            error.filename = str(path)
+        with suppress(OSError):  # of a read-only folder, above all; the first error is to be seen
+            partial.unlink(missing_ok=True)
         raise
 
 
@@ -49,7 +52,8 @@ def require_new_file(path: str, *, overwrite: bool = False) -> None:
     """Find before the work is done whether its result can be written.
 
     Raises:
-        UserError: there is such a file and it is not to be replaced, or no folder for it.
+        UserError: there is such a file and it is not to be replaced, no folder for it, or one that
+            cannot be written into.
     """
     if os.path.isdir(path):
         raise UserError(f"{path} is a folder")
@@ -58,6 +62,7 @@ def require_new_file(path: str, *, overwrite: bool = False) -> None:
     folder = os.path.dirname(path)
     if not os.path.isdir(folder or "."):
         raise UserError(f"{path}: no such folder: {folder}")
+    require_writable(folder or ".")
 
 
 def make_folder(path: str | os.PathLike) -> Path:

@@ -1,3 +1,5 @@
+import errno
+
 import pytest
 
 from lsnet_d2.errors import ConfigError, UserError, did_you_mean, exit_on_user_error, one_line
@@ -18,3 +20,20 @@ def test_user_errors_are_one_line_and_exit_2(capsys):
     worker = "Caught X in DataLoader worker process 0.\nOriginal Traceback (...):\n  f()\nm.X: a: b"
     assert one_line(UserError(worker)) == "a: b"
     assert did_you_mean("q", ["abc"]) == ""
+
+
+def test_what_the_system_refuses_is_one_line(capsys):
+    @exit_on_user_error()
+    def main(error):
+        raise error
+
+    full = OSError(errno.ENOSPC, "No space left on device")
+    for error in (PermissionError(errno.EACCES, "Permission denied", "a.png"), full):
+        with pytest.raises(SystemExit) as exit_info:
+            main(error)
+        assert exit_info.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: a.png: Permission denied\nerror: No space left on device\n"
+    )
+    with pytest.raises(FileNotFoundError):  # a bug: files of users are asked for before
+        main(FileNotFoundError(errno.ENOENT, "No such file or directory", "a.png"))

@@ -1,3 +1,4 @@
+import errno
 import os
 import signal
 import subprocess
@@ -63,3 +64,17 @@ def test_folder_that_cannot_be_written_into(tmp_path):
         pytest.skip("no folder that nobody can write into")
     with pytest.raises(UserError, match="/proc/self: cannot write into this folder: "):
         require_writable("/proc/self")
+    with pytest.raises(UserError, match="/proc/self: cannot write into this folder: "):
+        require_new_file("/proc/self/model.onnx")
+    with pytest.raises(OSError) as caught, atomic_write("/proc/self/model.onnx"):
+        pass
+    assert caught.value.filename == "/proc/self/model.onnx"
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    with pytest.raises(OSError) as caught, atomic_write(tmp_path / "a.png"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.filename == str(tmp_path / "a.png")
+    with pytest.raises(OSError) as caught, atomic_write(tmp_path / "a.png"):
+        raise OSError(errno.EACCES, "Permission denied", "another.png")
+    assert caught.value.filename == "another.png"
