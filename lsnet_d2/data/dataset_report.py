@@ -16,10 +16,9 @@ from tqdm import tqdm
 from .annotation_checks import box_problems, name_annotation
 from .coco_json import entries_lacking_keys, unknown_category
 from .images import ImageError, read_image, read_image_size
-from .keypoints import skeleton_metadata
+from .keypoints import is_finite, skeleton_metadata
 from .repairs import (
     LEFT_OUT,
-    is_number,
     repair_area,
     repair_box,
     repair_extreme_points,
@@ -184,7 +183,7 @@ class _Checker:
                 self.lost_images.add(image["id"])
                 continue
             stated = image["width"], image["height"]
-            if not all(is_number(number) and number >= 1 for number in stated):
+            if not all(is_finite(number) and number >= 1 for number in stated):
                 text = f"its width and height are {stated[0]!r} and {stated[1]!r}"
                 self._report(_name_image(image), text, f"{width} and {height}")
                 image = {**image, "width": width, "height": height}

@@ -4,12 +4,10 @@ Each function takes a copy of an annotation, changes that in place, and returns 
 is wrong, and what stands in its place now; empty where nothing does.
 """
 
-import math
-
 import numpy as np
 
 from .extreme_points import as_extreme_points
-from .keypoints import check_triples
+from .keypoints import check_triples, is_finite
 from .polygons import (
     bounding_box,
     check_form,
@@ -23,11 +21,6 @@ LEFT_OUT = "left out"
 VISIBILITIES = (0, 1, 2)  # COCO's: not labelled, hidden, visible
 
 Repairs = list[tuple[str, str]]
-
-
-def is_number(value: object) -> bool:
-    """Whether a value of a JSON file is a finite number."""
-    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def repair_segmentation(annotation: dict, image: dict) -> Repairs:
@@ -124,7 +117,7 @@ def repair_keypoints(annotation: dict, count: int) -> Repairs:
         check_triples(keypoints)
     except ValueError as error:
         triples = [keypoints[start : start + 3] for start in range(0, len(keypoints), 3)]
-        triples = [triple if all(map(is_number, triple)) else [0, 0, 0] for triple in triples]
+        triples = [triple if all(map(is_finite, triple)) else [0, 0, 0] for triple in triples]
         keypoints = annotation["keypoints"] = [n for triple in triples for n in triple]
         found.append((str(error), "those that are not count as not labelled"))
     unknown = sorted({v for v in keypoints[2::3] if v not in VISIBILITIES})
@@ -153,6 +146,6 @@ def repair_extreme_points(annotation: dict) -> Repairs:
 
 def repair_area(annotation: dict) -> Repairs:
     """An area that is no number is left out; the box's stands in for it."""
-    if "area" not in annotation or is_number(annotation["area"]):
+    if "area" not in annotation or is_finite(annotation["area"]):
         return []
     return [(f"its area is {annotation.pop('area')!r}", LEFT_OUT)]

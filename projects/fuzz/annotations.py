@@ -20,7 +20,7 @@ from lsnet_d2.loaders import build_mapper, load_training_data
 NAME = "fuzzed"  # of the data set
 
 NASTY = [
-    *(None, True, False, 0, -1, 1, 2, 0.5, -0.0, 1e-300, 1e300, -1e300, 2**31, 2**63, 10**40),
+    *(None, True, False, 0, -1, 1, 2, 0.5, -0.0, 1e-300, 1e300, -1e300, 2**31, 2**63, 10**400),
     *(float("nan"), float("inf"), -float("inf")),
     *("", " ", "0", "a" * 5000, "\u202e\U0001f984", "\ud800", "\0", "../../x", "/", "nan", "[]"),
     *([], {}, [[]], [[[]]], [{}], [None], [0], [1, 2], ["a"], {"a": 1}, [0] * 3, [0] * 1000),
