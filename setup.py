@@ -6,10 +6,11 @@ from setuptools import find_packages, setup
 #
 # Bounds: the lowest are the oldest versions that the tests ran with (Python 3.10 and 3.11), and
 # requirements/constraints.txt has the newest. Closed above only where something newer is known not
-# to fit and for torch and torchvision: other minor releases than these two were not tried.
+# to fit and for torch and torchvision. Of torch 2.11 only the tests on GPUs ran (docs/training.md),
+# of 2.12 and 2.13 none.
 INSTALL_REQUIRES = [
-    "torch>=2.14,<2.15",
-    "torchvision>=0.29,<0.30",
+    "torch>=2.11,<2.15",
+    "torchvision>=0.26,<0.30",
     "numpy>=2.2",
     "opencv-python>=5.0",  # with windows, for the demo's camera view; it needs the system's libGL
     "Pillow>=12.3",

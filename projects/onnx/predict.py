@@ -52,7 +52,7 @@ def draw(picture: Image.Image, found: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    model, file, output = sys.argv[1:]
+    model, file, output = sys.argv[1:] if len(sys.argv) == 4 else sys.exit(__doc__)
     picture = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
     found = predict(onnxruntime.InferenceSession(model), picture)
     print(json.dumps(found))
