@@ -44,7 +44,8 @@ def test_the_page_works_from_top_to_bottom(tmp_path):
     data = json.loads(path.read_text())
     data["annotations"][0]["bbox"][3] = 0  # something to repair
     path.write_text(json.dumps(data))
-    (tmp_path / "tools").symlink_to(ROOT / "tools")
+    for folder in ("tools", "projects"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
     outputs = []
     for language, text in blocks(ROOT / "docs" / "custom_data.md"):
         if language == "json":
@@ -81,3 +82,26 @@ def test_the_page_works_from_top_to_bottom(tmp_path):
     assert len(found.anns) == len(
         {feature["properties"]["object"] for feature in geojson["features"]}
     )
+    assert_same_without_pytorch(birds)
+
+
+def assert_same_without_pytorch(birds):
+    """The exported model finds what the model found, and knows what it is called."""
+    with Image.open(birds / "000_onnx.png") as picture:
+        assert picture.size == (128, 96)
+    ids = {category["name"]: category["id"] for category in CATEGORIES}
+    expected = json.loads((birds / "coco_results.json").read_text())
+    found = json.loads((birds / "000_onnx.json").read_text())
+    assert len(found) >= len(expected) > 5
+    for ours, theirs in zip(found, expected, strict=False):
+        assert ours["score"] == pytest.approx(theirs["score"], abs=1e-3)
+    best = found[0]
+    same = [x for x in expected if abs(x["score"] - best["score"]) < 1e-3]
+    x, y, right, bottom = best["box"]
+    assert any(
+        ids[best["class"]] == other["category_id"]
+        and other["bbox"] == pytest.approx([x, y, right - x, bottom - y], abs=0.1)
+        for other in same
+    )
+    assert len(best["contours"]) == 36 and len(best["keypoints"]) == 5
+    assert best["skeleton"] == [[a - 1, b - 1] for a, b in CATEGORIES[1]["skeleton"]]

@@ -117,12 +117,12 @@ def main(arguments: list[str] | None = None) -> None:
     setup_logger(name="fvcore")
     cfg = load_config(args.config_file, args.opts, need_data_sets=False)
     predictor = LSNetPredictor(cfg, weights=args.weights, device=cfg.MODEL.DEVICE)
-    weights = predictor.cfg.MODEL.WEIGHTS
+    files = dict.fromkeys([args.config_file, predictor.cfg.MODEL.WEIGHTS])  # they may be one
     limits = Limits(args.max_megabytes, args.max_megapixels)
     only_local = is_loopback(args.host)
     app = create_app(
         predictor,
-        title=f"{args.config_file}, {weights}, on {predictor.cfg.MODEL.DEVICE}",
+        title=f"{', '.join(files)}, on {predictor.cfg.MODEL.DEVICE}",
         examples=find_examples(args.examples, predictor.metadata),
         limits=limits,
         threshold=args.confidence_threshold,
