@@ -27,7 +27,10 @@ from .modeling.test_time_augmentation import check_merging
 logger = logging.getLogger(__name__)
 
 # What --config-file of a tool takes.
+CHECKPOINT_SUFFIX = ".pth"
 CONFIG_HELP = "a YAML file, or a checkpoint (.pth), which has the config of its training"
+# Keys of such a config that are not the model's but the run's.
+_OF_THE_RUN = ("OUTPUT_DIR", "SEED")
 
 # What keys with a choice may be: (key, values)
 CHOICES = (
@@ -56,14 +59,16 @@ def load_config(config_file: str, opts: list[str] = (), *, need_data_sets: bool 
 
     Args:
         config_file: a YAML file, with ``_BASE_`` as in Detectron2; or a checkpoint (.pth) that a
-            training of this project wrote: its config, with its weights for ``MODEL.WEIGHTS``.
-            Empty: defaults only.
+            training of this project wrote: its config, with its weights for ``MODEL.WEIGHTS``, but
+            without what is not the model's: device, ``OUTPUT_DIR`` and ``SEED``. Empty: defaults
+            only.
         opts: keys and values in turn.
         need_data_sets: see :func:`check_config`.
 
     Raises:
         ConfigError: no such file, no YAML, an unknown key, a value of the wrong type, or one that
             :func:`check_config` refuses. The message names the file and the key.
+        CheckpointError: the checkpoint cannot be read.
     """
     cfg = merge_config(config_file, opts)
     cfg.MODEL.DEVICE = resolve_device(cfg.MODEL.DEVICE)
@@ -87,7 +92,7 @@ def _merge_file(cfg: CfgNode, config_file: str) -> None:
     if not os.path.isfile(config_file):
         raise ConfigError(f"no such config file: {config_file}")
     with _naming_file(cfg, config_file):
-        if config_file.endswith(".pth"):
+        if config_file.endswith(CHECKPOINT_SUFFIX):
             _merge_described(cfg, config_file)
         else:
             _check_bases(config_file, ())
@@ -96,10 +101,18 @@ def _merge_file(cfg: CfgNode, config_file: str) -> None:
 
 
 def _merge_described(cfg: CfgNode, path: str) -> None:
-    content = yaml.safe_load(described_config(path))
-    if not isinstance(content, dict) or BASE_KEY in content:
-        raise ConfigError(f"{path}: its config is damaged")
-    cfg.merge_from_other_cfg(CfgNode(content))
+    text = described_config(path)
+    try:
+        content = CfgNode(yaml.safe_load(text))
+        if BASE_KEY in content:
+            raise TypeError(BASE_KEY)
+        for key in _leave_out_unknown(content, cfg):
+            logger.warning("%s: %s is not a key of this version; it is left out", path, key)
+        for key in _OF_THE_RUN:
+            content.pop(key, None)
+        cfg.merge_from_other_cfg(content)
+    except (AssertionError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{path}: its config is damaged") from error
     cfg.MODEL.WEIGHTS = path
     cfg.MODEL.DEVICE = "auto"  # the machine is another one, perhaps
 
@@ -162,6 +175,18 @@ def _keys(cfg: CfgNode, prefix: str = "") -> list[str]:
     for name, value in cfg.items():
         keys += _keys(value, f"{prefix}{name}.") if isinstance(value, CfgNode) else [prefix + name]
     return keys
+
+
+def _leave_out_unknown(content: CfgNode, cfg: CfgNode, prefix: str = "") -> list[str]:
+    """Remove from one config, in place, the keys that another does not have; returns them."""
+    unknown = []
+    for name, value in list(content.items()):
+        if name not in cfg or isinstance(value, CfgNode) != isinstance(cfg[name], CfgNode):
+            del content[name]
+            unknown.append(prefix + name)
+        elif isinstance(value, CfgNode):
+            unknown += _leave_out_unknown(value, cfg[name], f"{prefix}{name}.")
+    return unknown
 
 
 def _value(cfg: CfgNode, key: str) -> Any:

@@ -1,22 +1,36 @@
 """What a checkpoint says about its model: the config, and what classes and keypoints are called."""
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
 from .errors import CheckpointError, ConfigError
-from .weight_files import read_torch_file
+from .weight_files import as_checkpoint_error
+
+logger = logging.getLogger(__name__)
 
 KEY = "lsnet_d2"  # in a checkpoint
+
+# What reading something of an unusual form raises.
+_UNUSUAL = (ArithmeticError, AttributeError, TypeError, ValueError)
+
+
+def _texts(names: Any) -> list[str]:
+    if isinstance(names, str):
+        raise TypeError("a text where a list of texts should be")
+    return [str(name) for name in names]
+
 
 # Fields of Detectron2's metadata, and what makes plain data of them: other things than these could
 # not be read back with weights_only.
 _FIELDS: dict[str, Callable[[Any], Any]] = {
-    "thing_classes": lambda names: [str(name) for name in names],
+    "thing_classes": _texts,
     "thing_dataset_id_to_contiguous_id": lambda ids: {int(k): int(v) for k, v in ids.items()},
-    "keypoint_names": lambda names: [str(name) for name in names],
+    "keypoint_names": _texts,
     "keypoint_flip_map": lambda pairs: [(str(a), str(b)) for a, b in pairs],
     "keypoint_connection_rules": lambda bones: [
         (str(a), str(b), tuple(int(value) for value in color)) for a, b, color in bones
@@ -30,12 +44,18 @@ def describe_model(cfg: CfgNode) -> dict[str, Any]:
 
     Returns:
         "config": YAML with all keys; "metadata": fields of Detectron2's metadata, each from the
-        first of ``DATASETS.TRAIN`` that has it. The data sets must have been read.
+        first of ``DATASETS.TRAIN`` that has it. The data sets must have been read. What is not of
+        the usual form is left out, with a warning.
     """
     metadata: dict[str, Any] = {}
     for name in reversed(cfg.DATASETS.TRAIN):
         known = MetadataCatalog.get(name).as_dict()
-        metadata |= {key: plain(known[key]) for key, plain in _FIELDS.items() if known.get(key)}
+        for key, plain in _FIELDS.items():
+            try:
+                if key in known and known[key] is not None and len(known[key]):
+                    metadata[key] = plain(known[key])
+            except _UNUSUAL:
+                logger.warning("Checkpoints will not have the %s of data set %s", key, name)
     return {"config": cfg.dump(), "metadata": metadata}
 
 
@@ -50,19 +70,26 @@ def described_metadata(checkpoint: Mapping[str, Any], path: str) -> dict[str, An
     """
     try:
         found = dict(checkpoint.get(KEY, {}).get("metadata", {}).items())
-        return {key: plain(found[key]) for key, plain in _FIELDS.items() if key in found}
-    except (AttributeError, TypeError, ValueError) as error:
+        metadata = {key: plain(found[key]) for key, plain in _FIELDS.items() if key in found}
+        for key in ("keypoint_flip_map", "keypoint_connection_rules"):
+            ends = {end for ends in metadata.get(key, ()) for end in ends[:2]}
+            if not ends <= set(metadata.get("keypoint_names", ())):
+                raise ValueError(f"{key} names other keypoints")
+    except _UNUSUAL as error:
         raise CheckpointError(f"{path}: its description is damaged") from error
+    return metadata
 
 
 def described_config(path: str) -> str:
     """The config that a checkpoint was trained with, as YAML.
 
     Raises:
-        CheckpointError: see :func:`lsnet_d2.weight_files.read_torch_file`.
+        CheckpointError: the file is damaged, or holds more than plain data.
         ConfigError: it has none, as it was not written by a training of this project.
     """
-    description = read_torch_file(path).get(KEY)
+    with as_checkpoint_error(path):  # the weights stay on the disk
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    description = content.get(KEY) if isinstance(content, Mapping) else None
     config = description.get("config") if isinstance(description, Mapping) else None
     if not isinstance(config, str):
         raise ConfigError(

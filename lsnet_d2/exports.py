@@ -121,7 +121,7 @@ class Results(Instances):
     ``Results`` when indexed: ``results[results.scores > 0.5].to_geojson()``.
 
     Examples:
-        >>> results = LSNetPredictor("config.yaml", weights="model_final.pth")("photo.jpg")
+        >>> results = LSNetPredictor("model_final.pth")("photo.jpg")
         >>> results.draw().save("found.jpg")
         >>> json.dump(results.to_labelme(parts=["contour"]), file)
     """

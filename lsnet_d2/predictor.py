@@ -28,15 +28,15 @@ class LSNetPredictor:
 
     Images are resized as in evaluation, with ``TEST.AUG.ENABLED`` augmented as there, and the
     result is that of evaluation; it can be drawn and written for other programs (see
-    :class:`lsnet_d2.Results`). A checkpoint of a training of this project is all that it needs. The
+    :class:`lsnet_d2.Results`). A checkpoint of a training of this project is all that it needs: the
     data sets of the config need not be here, unless images are mirrored for a model with keypoints,
     and only their files say what the keypoints are. Where neither they nor the checkpoint say what
     classes are called, results have numbers for names.
 
     Attributes:
         cfg: the config, with the device and the weights that are used.
-        metadata: of the first of ``DATASETS.TEST``, and what the checkpoint says of classes and
-            keypoints; None where there is neither.
+        metadata: of the first of ``DATASETS.TEST``; what the checkpoint says of classes and
+            keypoints where its file is not here; None where there is neither.
         model: in evaluation mode.
 
     Examples:

@@ -9,12 +9,20 @@ from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from .config_file import load_config
+from .config_file import CHECKPOINT_SUFFIX, load_config
 from .errors import ConfigError
 from .files import require_writable
 from .solver import scale_schedule
 
 logger = logging.getLogger(__name__)
+
+
+def log_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Detectron2's ``default_setup``, which would log a checkpoint given as ``config_file``."""
+    if args.config_file.endswith(CHECKPOINT_SUFFIX):
+        logger.info("The config is that of %s", args.config_file)
+        args = argparse.Namespace(**{**vars(args), "config_file": ""})
+    default_setup(cfg, args)
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -40,6 +48,6 @@ def setup(args: argparse.Namespace) -> CfgNode:
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="lsnet_d2")
     scale_schedule(cfg, given=args.opts[::2])
     cfg.freeze()
-    default_setup(cfg, args)
+    log_setup(cfg, args)
     logger.info("Running on device %s", cfg.MODEL.DEVICE)
     return cfg

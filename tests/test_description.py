@@ -1,7 +1,9 @@
 import re
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_coco
 import torch
@@ -16,6 +18,7 @@ from lsnet_d2.config_file import load_config
 from lsnet_d2.data.coco_json import register_lsnet_instances
 from lsnet_d2.description import KEY, describe_model, described_config, described_metadata
 from lsnet_d2.errors import CheckpointError, ConfigError
+from lsnet_d2.run_setup import setup
 
 README = tiny_coco.ROOT / "README.md"
 NAMES = [category["name"] for category in CATEGORIES]
@@ -39,7 +42,7 @@ def checkpoint(tmp_path, own_data):
     cfg = load_config(str(tiny_coco.write_config(tmp_path, "LSNet")), opts)
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (own_data,), ("elsewhere",)
     cfg.MODEL.LSNET.NUM_CLASSES = len(NAMES)
-    cfg.MODEL.DEVICE = "cuda"
+    cfg.MODEL.DEVICE, cfg.OUTPUT_DIR, cfg.SEED = "cuda", "elsewhere/out", 5
     description = describe_model(cfg)
     cfg.MODEL.DEVICE = "cpu"
     model = tiny_coco.make_finding_model(cfg, seed=1)
@@ -87,12 +90,39 @@ def test_the_example_of_the_readme(checkpoint, tmp_path, monkeypatch):
     MetadataCatalog.pop("elsewhere", None)
 
 
-def test_what_is_registered_goes_before_what_the_checkpoint_says(checkpoint):
-    MetadataCatalog.get("elsewhere").set(thing_classes=["Ball", "Vogel", "Kiste"])
+def test_a_data_set_that_is_here_goes_before_what_the_checkpoint_says(checkpoint, tmp_path):
+    """Its ids of categories are those that results are compared with."""
+    path, images = write_own_data(tmp_path, "val", 1)
+    text = path.read_text()
+    for number in (10, 20, 40):
+        text = text.replace(f'"id": {number}, "name"', f'"id": {number + 7}, "name"')
+        text = text.replace(f'"category_id": {number},', f'"category_id": {number + 7},')
+    path.write_text(text)
+    register_lsnet_instances("elsewhere", path, images)
     predict = LSNetPredictor(checkpoint, device="cpu")
-    assert predict.metadata.thing_classes == ["Ball", "Vogel", "Kiste"]
+    ids = {number + 7: index for number, index in IDS.items()}
+    assert predict.metadata.thing_dataset_id_to_contiguous_id == ids
+    DatasetCatalog.remove("elsewhere")
+    MetadataCatalog.pop("elsewhere")
+
+
+def test_names_and_ids_are_from_one_source(checkpoint):
+    MetadataCatalog.get("elsewhere").set(thing_classes=["one", "other", "third"])
+    predict = LSNetPredictor(checkpoint, device="cpu")
+    assert predict.metadata.thing_classes == NAMES
     assert predict.metadata.thing_dataset_id_to_contiguous_id == IDS
     MetadataCatalog.pop("elsewhere")
+
+
+def test_the_run_that_a_checkpoint_is_of_stays_behind(checkpoint, own_data, tmp_path, monkeypatch):
+    """Another run neither writes into its folder nor repeats its seed."""
+    assert "OUTPUT_DIR: elsewhere/out" in described_config(str(checkpoint))
+    monkeypatch.chdir(tmp_path)
+    args = Namespace(config_file=str(checkpoint), opts=["DATASETS.TEST", "()"], eval_only=True)
+    cfg = setup(args)
+    assert (cfg.OUTPUT_DIR, cfg.SEED) == ("./output", -1)
+    assert cfg.MODEL.LSNET.NUM_CLASSES == 3
+    assert (tmp_path / "output" / "config.yaml").is_file()
 
 
 def test_options_go_before_the_config_of_a_checkpoint(checkpoint):
@@ -116,8 +146,18 @@ def test_a_description_is_plain_data_of_several_data_sets(own_data):
 
 @pytest.mark.parametrize(
     "description",
-    ["text", {"metadata": []}, {"metadata": {"thing_classes": 3}}]
-    + [{"metadata": {"keypoint_flip_map": [("a", "b", "c")]}}],
+    ["text"]
+    + [
+        {"metadata": metadata}
+        for metadata in (
+            [],
+            {"thing_classes": 3},
+            {"thing_classes": "abc"},
+            {"thing_dataset_id_to_contiguous_id": {float("inf"): 0}},
+            {"keypoint_flip_map": [("a", "b", "c")]},
+            {"keypoint_names": ["a"], "keypoint_connection_rules": [("a", "b", (1, 2, 3))]},
+        )
+    ],
 )
 def test_damaged_metadata(description):
     with pytest.raises(CheckpointError, match="a.pth: its description is damaged"):
@@ -126,6 +166,27 @@ def test_damaged_metadata(description):
 
 def test_a_checkpoint_of_others_has_no_description():
     assert described_metadata({"model": {}, "description": "a cat"}, "a.pth") == {}
+
+
+def test_keys_of_another_version_are_left_out(tmp_path, caplog):
+    path = tmp_path / "a.pth"
+    config = "SOLVER: {BASELR: 1, BASE_LR: 0.5}\nNODE: {KEY: 1}\nVERSION: 2"
+    torch.save({KEY: {"config": config}}, path)
+    cfg = load_config(str(path), ["MODEL.META_ARCHITECTURE", "LSNet"])
+    assert cfg.SOLVER.BASE_LR == 0.5 and "NODE" not in cfg
+    assert "a.pth: SOLVER.BASELR is not a key of this version; it is left out" in caplog.text
+
+
+def test_metadata_of_an_unusual_form_are_left_out(own_data, caplog):
+    sigmas = np.array([0.1, 0.2])
+    MetadataCatalog.get("odd").set(
+        thing_dataset_id_to_contiguous_id={"a": 0}, keypoint_oks_sigmas=sigmas
+    )
+    cfg = get_cfg()
+    cfg.DATASETS.TRAIN = ("odd",)
+    assert describe_model(cfg)["metadata"] == {"keypoint_oks_sigmas": sigmas.tolist()}
+    assert "will not have the thing_dataset_id_to_contiguous_id of data set odd" in caplog.text
+    MetadataCatalog.pop("odd")
 
 
 def test_no_config_in_a_checkpoint(tmp_path):
@@ -138,14 +199,15 @@ def test_no_config_in_a_checkpoint(tmp_path):
     for data in ({"model": {}}, {KEY: "text"}, {KEY: {"config": 3}}):
         with pytest.raises(ConfigError, match="a.pth holds weights without a config"):
             load(data)
-    for config in ("[1]", "_BASE_: /etc/passwd"):
+    damaged = ["[1]", "_BASE_: /etc/passwd", "SEED: 2020-01-01", "1: 2", "MODEL: &a {A: *a}"]
+    for config in damaged:
         with pytest.raises(ConfigError, match="a.pth: its config is damaged"):
             load({KEY: {"config": config}})
     for config in ("A: !!python/object/apply:os.getcwd []", "A: ["):
         with pytest.raises(ConfigError, match="a.pth: not a plain YAML file"):
             load({KEY: {"config": config}})
-    with pytest.raises(ConfigError, match="a.pth: unknown config key SOLVER.BASELR; did you"):
-        load({KEY: {"config": "SOLVER: {BASELR: 1}"}})
+    with pytest.raises(ConfigError, match=r"a.pth: .*SOLVER.MAX_ITER"):
+        load({KEY: {"config": "SOLVER: {MAX_ITER: many}"}})
     path.write_bytes(b"damaged")
     with pytest.raises(CheckpointError, match="a.pth"):
         described_config(str(path))

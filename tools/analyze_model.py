@@ -47,7 +47,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 def build(config_file: str, opts: list[str]) -> nn.Module:
     """The model of a config, for inference on a CPU."""
-    cfg = load_config(config_file, [*opts, "MODEL.DEVICE", "cpu"])
+    cfg = load_config(config_file, [*opts, "MODEL.DEVICE", "cpu"], need_data_sets=False)
     return LSNetTrainer.build_model(cfg).eval()
 
 

@@ -58,16 +58,16 @@ def load_metadata(dataset_name: str, described: Mapping[str, Any] | None = None)
     and the keypoints. Where that is not possible they stay unknown, with a warning.
 
     Args:
-        described: what a checkpoint says (:func:`lsnet_d2.description.described_metadata`). Where
-            it has names of classes it stands in for the file.
+        described: what a checkpoint says (:func:`lsnet_d2.description.described_metadata`), for
+            where there is no file.
     """
     metadata = MetadataCatalog.get(dataset_name)
     has_names = bool(metadata.get("thing_classes"))
     has_ids = bool(metadata.get("thing_dataset_id_to_contiguous_id"))
     if has_names and has_ids:
         return metadata
-    if described and described.get("thing_classes"):
-        return Metadata(**{**described, **metadata.as_dict()})
+    if described and described.get("thing_classes") and not _is_here(metadata):
+        return Metadata(**{**metadata.as_dict(), **described})
     if has_names and not metadata.get("json_file"):
         return metadata
     try:
@@ -79,3 +79,7 @@ def load_metadata(dataset_name: str, described: Mapping[str, Any] | None = None)
     except UserError as error:
         logger.warning("No %s: %s", "ids of categories" if has_names else "names of classes", error)
     return metadata
+
+
+def _is_here(metadata: Metadata) -> bool:
+    return os.path.isfile(metadata.get("json_file") or "")
