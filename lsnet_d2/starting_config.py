@@ -115,7 +115,7 @@ def _schedule(base_config: str, data: dict[str, Any]) -> tuple[dict[str, Any], d
         if key.startswith("SOLVER.")
     }
     if cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupCosineLR":
-        del solver["STEPS"]  # it has none
+        solver.pop("STEPS", None)  # of no use to it
     # a warm-up protects the first steps, however many there are to come
     solver["WARMUP_ITERS"] = min(cfg.SOLVER.WARMUP_ITERS, iterations // 10)
     solver["CHECKPOINT_PERIOD"] = period

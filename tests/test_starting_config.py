@@ -105,6 +105,12 @@ def test_tolerances_of_cocos_people_are_for_them_alone(tmp_path, train, names):
     assert ("KEYPOINT_OKS_SIGMAS" in yaml.safe_load(text)["TEST"]) != ours
 
 
+def test_a_base_without_steps(tmp_path, train):
+    base = tmp_path / "base.yaml"
+    base.write_text(f"_BASE_: {ROOT}/configs/{BASES[0]}\nSOLVER: {{STEPS: []}}\n")
+    assert "STEPS" not in write(tmp_path, base, train=train).read_text()
+
+
 def test_the_training_is_as_long_as_the_data_ask_for(tmp_path, train):
     """Twelve rounds; on the base of COCO its steps after 8 and 11 of them."""
     for number in range(2, 2001):

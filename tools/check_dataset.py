@@ -11,6 +11,7 @@ import os
 import sys
 from pathlib import Path
 
+from lsnet_d2.config_file import CHECKPOINT_SUFFIX
 from lsnet_d2.data.coco_json import read_coco_json, read_coco_lists
 from lsnet_d2.data.dataset_report import report_dataset
 from lsnet_d2.data.dataset_statistics import format_statistics, plot_statistics
@@ -95,6 +96,8 @@ def main() -> None:
         raise UserError(f"--fix {args.fix} is DATA.json itself; it stays as it is")
     if not os.path.isfile(args.base_config):
         raise UserError(f"--base-config {args.base_config}: no such config file")
+    if args.base_config.endswith(CHECKPOINT_SUFFIX):
+        raise UserError(f"--base-config {args.base_config}: a checkpoint; it must be a YAML file")
     require_data(args.annotations, args.images)
     report = report_dataset(
         read_coco_lists(args.annotations), args.images, decode_images=not args.quick

@@ -10,22 +10,25 @@ import argparse
 import json
 import os
 
-from detectron2.engine import default_setup
+from detectron2.config import CfgNode
 
-from lsnet_d2.config_file import classes_key, load_config, merge_config
+from lsnet_d2.config_file import CONFIG_HELP, classes_key, load_config, merge_config
 from lsnet_d2.data.coco_json import read_coco_json
 from lsnet_d2.engine import LSNetTrainer
 from lsnet_d2.errors import UserError, exit_on_user_error
 from lsnet_d2.files import atomic_write, make_folder
+from lsnet_d2.run_setup import log_setup
+from lsnet_d2.solver import schedule_of_length
 
 DATASET = "overfit"
+ITERATIONS = 1150  # unless the options say otherwise; a config's own are for more images
 
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("annotations", metavar="DATA.json", help="a file in COCO's format")
     parser.add_argument("images", metavar="IMAGES/", help="the folder of its images")
-    parser.add_argument("--config-file", required=True)
+    parser.add_argument("--config-file", required=True, metavar="FILE", help=CONFIG_HELP)
     parser.add_argument("--num-images", type=int, default=8)
     parser.add_argument("--keypoints", action="store_true", help="images with labelled keypoints")
     parser.add_argument("--output", default="output/overfit", help="folder for all results")
@@ -53,6 +56,16 @@ def first_images(data: dict, count: int, keypoints: bool = False) -> dict:
     return {**data, "images": images, "annotations": annotations}
 
 
+def shorten(cfg: CfgNode, given: list[str]) -> None:
+    """Give a config the schedule for few images, in place, but for the keys in ``given``."""
+    values = {**schedule_of_length(cfg, ITERATIONS), "TEST.EVAL_PERIOD": 0, "TEST.BEST_METRIC": ""}
+    values["TEST.PATIENCE"] = 0
+    if "SOLVER.MAX_ITER" not in given:
+        for key, value in values.items():
+            if key not in given:
+                cfg.merge_from_list([key, value])
+
+
 @exit_on_user_error()
 def main() -> None:
     args = get_parser().parse_args()
@@ -73,8 +86,9 @@ def main() -> None:
     cfg = load_config(args.config_file, [*opts, *args.opts, "DATASETS.COCO_FILES", repr(files)])
     if classes_key(cfg) not in args.opts:
         cfg.merge_from_list([classes_key(cfg), len(data["categories"])])
+    shorten(cfg, args.opts[::2])
     cfg.freeze()
-    default_setup(cfg, argparse.Namespace(config_file=args.config_file))
+    log_setup(cfg, argparse.Namespace(config_file=args.config_file))
     trainer = LSNetTrainer(cfg)
     trainer.resume_or_load(resume=False)
     trainer.train()

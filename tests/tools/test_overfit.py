@@ -5,6 +5,8 @@ import pytest
 import tiny_coco
 from tiny_coco import ROOT, run_tool
 
+from lsnet_d2.config_file import load_config
+
 
 @pytest.fixture
 def data(tmp_path):
@@ -40,6 +42,19 @@ def test_takes_the_first_images_with_objects(tool):
     assert [i["id"] for i in tool.first_images(data, 5, keypoints=True)["images"]] == [4]
 
 
+def test_the_schedule_is_for_few_images(tool):
+    """Not that of the config, which may be for thousands."""
+    cfg = load_config(str(ROOT / "configs/bbox/lsnet_R_50_FPN_1x.yaml"), need_data_sets=False)
+    cfg.TEST.BEST_METRIC = "bbox/AP"
+    given, short = cfg.clone(), cfg.clone()
+    tool.shorten(short, ["SOLVER.WARMUP_ITERS", "SOLVER.BASE_LR"])
+    assert (short.SOLVER.MAX_ITER, short.SOLVER.STEPS) == (1150, (767, 1054))
+    assert (short.SOLVER.WARMUP_ITERS, short.TEST.EVAL_PERIOD) == (500, 0)
+    assert short.TEST.BEST_METRIC == ""
+    tool.shorten(given, ["SOLVER.MAX_ITER"])
+    assert given == cfg
+
+
 def test_trains_and_evaluates_on_the_same_images(data):
     output = data / "output"
     result = run_tool(
@@ -53,11 +68,11 @@ def test_trains_and_evaluates_on_the_same_images(data):
     assert "AP,AP50,AP75" in result.stdout
     subset = json.loads((output / "annotations.json").read_text())
     assert [image["id"] for image in subset["images"]] == [1, 2]
-    # The config that is left serves other tools.
+    # The checkpoint that is left serves other tools.
     result = run_tool(
         "train_net.py",
-        *("--config-file", output / "config.yaml", "--eval-only"),
-        *("MODEL.WEIGHTS", output / "model_final.pth", "OUTPUT_DIR", data / "again"),
+        *("--config-file", output / "model_final.pth", "--eval-only"),
+        *("OUTPUT_DIR", data / "again"),
     )
     assert result.returncode == 0, result.stderr
     assert "AP,AP50,AP75" in result.stdout
