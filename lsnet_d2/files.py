@@ -33,7 +33,7 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except BaseException as error:
-        if isinstance(error, OSError) and error.filename in (None, str(partial)):
+        if isinstance(error, OSError) and error.errno and error.filename in (None, str(partial)):
             error.filename = str(path)
         with suppress(OSError):  # of a read-only folder, above all; the first error is to be seen
             partial.unlink(missing_ok=True)

@@ -78,3 +78,5 @@ def test_a_full_disk_names_the_file(tmp_path):
     with pytest.raises(OSError) as caught, atomic_write(tmp_path / "a.png"):
         raise OSError(errno.EACCES, "Permission denied", "another.png")
     assert caught.value.filename == "another.png"
+    with pytest.raises(OSError, match="^truncated$"), atomic_write(tmp_path / "a.png"):
+        raise OSError("truncated")

@@ -15,12 +15,11 @@ import cv2
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.utils.logger import setup_logger
-from PIL import Image
 from tqdm import tqdm
 
 from lsnet_d2 import LSNetPredictor
 from lsnet_d2.config_file import CONFIG_HELP, load_config
-from lsnet_d2.data.images import IMAGE_SUFFIXES, ImageError, ImageLike
+from lsnet_d2.data.images import IMAGE_SUFFIXES, ImageError, ImageLike, encode_image
 from lsnet_d2.drawing import CONTOUR_STYLES
 from lsnet_d2.errors import UserError, exit_on_user_error
 from lsnet_d2.files import atomic_write, make_folder
@@ -163,9 +162,8 @@ def run_on_images(detector: Detector, patterns: list[str], output: str | None) -
             continue
         make_folder(plan[path].parent)
         with atomic_write(plan[path]) as file:
-            Image.fromarray(picture).save(
-                file, format=WRITTEN_SUFFIXES[plan[path].suffix.lower()], quality=95
-            )
+            file_format = WRITTEN_SUFFIXES[plan[path].suffix.lower()]
+            file.write(encode_image(picture, file_format, quality=95))
     if failed:
         logger.error("%d of %d images could not be used", failed, len(images))
     return failed

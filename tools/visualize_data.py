@@ -17,14 +17,13 @@ from detectron2.data.detection_utils import convert_image_to_rgb
 from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
-from PIL import Image
 from tqdm import tqdm
 
 import lsnet_d2  # noqa: F401  (registers the model, the backbones and the data sets)
 from lsnet_d2.config_file import CONFIG_HELP, load_config
 from lsnet_d2.data.annotation_checks import read_boxes
 from lsnet_d2.data.catalog import reporting_data_errors
-from lsnet_d2.data.images import read_image
+from lsnet_d2.data.images import encode_image, read_image
 from lsnet_d2.data.polygons import decode_rle
 from lsnet_d2.drawing import CONTOUR_STYLES
 from lsnet_d2.errors import UserError, did_you_mean, exit_on_user_error
@@ -253,7 +252,7 @@ def main() -> None:
             right = draw_predictions(record, metadata, results, ids, **style)
             picture = side_by_side(picture, right)
         with atomic_write(folder / f"{index:04d}_{Path(record['file_name']).stem}.png") as file:
-            Image.fromarray(picture).save(file, format="PNG")
+            file.write(encode_image(picture, "PNG"))
     logger.info("%d pictures written to %s", len(dicts), folder)
 
 

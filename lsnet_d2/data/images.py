@@ -1,9 +1,10 @@
 """Images from files and from memory, with errors that name them."""
 
+import io
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import detectron2.data.transforms as T
 import numpy as np
@@ -210,3 +211,18 @@ def check_resizing(name: str, size: tuple[int, int], new_size: tuple[int, int]) 
             f"{name}: too narrow to be resized: its {width} x {height} pixels would become "
             f"{new_width} x {new_height}"
         )
+
+
+def encode_image(pixels: np.ndarray, file_format: str, **options: Any) -> bytes:
+    """The content of an image file.
+
+    Pillow, given a file, does not notice that a disk is full while it writes a JPEG.
+
+    Args:
+        pixels: (H, W, 3) uint8, RGB.
+        file_format: Pillow's name of it.
+        options: of Pillow's writer.
+    """
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, file_format, **options)
+    return buffer.getvalue()

@@ -23,12 +23,12 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 from iopath.common.file_io import file_lock
-from PIL import Image
 from pycocotools import mask as mask_util
 from tqdm import tqdm
 
 from ..errors import UserError
 from ..files import atomic_write
+from .images import encode_image
 from .shapes_objects import CLASS_NAMES, KEYPOINT_CONNECTION_RULES, KEYPOINT_NAMES
 from .shapes_scene import SUPERSAMPLING, Scene, draw_scene
 
@@ -137,7 +137,8 @@ def generate(
         entropy = [seed, SPLITS.index(split), number]
         scene = draw_scene(np.random.Generator(np.random.PCG64(entropy)), size)
         file_name = f"{number:06d}.jpg"
-        Image.fromarray(scene.image).save(image_root / file_name, "JPEG", quality=JPEG_QUALITY)
+        content = encode_image(scene.image, "JPEG", quality=JPEG_QUALITY)
+        (image_root / file_name).write_bytes(content)
         images.append({"id": number, "file_name": file_name, "width": size, "height": size})
         for annotation in scene_annotations(scene):
             annotations.append(
