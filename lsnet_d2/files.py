@@ -90,4 +90,6 @@ def require_writable(folder: str | os.PathLike) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise UserError(f"{folder}: cannot write into this folder: {error.strerror}") from error
+        raise UserError(
+            f"{folder}: cannot write into this folder: {error.strerror or error}"
+        ) from error

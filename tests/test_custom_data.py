@@ -92,7 +92,7 @@ def assert_same_without_pytorch(birds):
     ids = {category["name"]: category["id"] for category in CATEGORIES}
     expected = json.loads((birds / "coco_results.json").read_text())
     found = json.loads((birds / "000_onnx.json").read_text())
-    assert len(found) >= len(expected) > 5
+    assert len(found) >= len(expected) > 0
     for ours, theirs in zip(found, expected, strict=False):
         assert ours["score"] == pytest.approx(theirs["score"], abs=1e-3)
     best = found[0]

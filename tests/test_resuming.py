@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_training import PERIOD, At, make_cfg, train, write_data
 
+from lsnet_d2.description import KEY as DESCRIPTION_KEY
 from lsnet_d2.engine import LSNetTrainer
 from lsnet_d2.errors import CheckpointError
 
@@ -26,7 +27,10 @@ def killed(cfg, iteration):
 
 
 def final(folder):
-    return torch.load(folder / "model_final.pth", weights_only=True)
+    """What the training left, but for its config, which names the folder."""
+    checkpoint = torch.load(folder / "model_final.pth", weights_only=True)
+    checkpoint.pop(DESCRIPTION_KEY)
+    return checkpoint
 
 
 def assert_equal(first, second):

@@ -83,6 +83,7 @@ def test_a_failing_write_keeps_the_old_file(coco, monkeypatch):
     def full_disk(*_):
         raise OSError("no space left on device")
 
+    monkeypatch.setattr("lsnet_d2.files.require_writable", lambda folder: None)  # full later
     monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="no space"):
         run_here(monkeypatch, coco, coco, "--overwrite")
