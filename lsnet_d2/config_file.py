@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 CHECKPOINT_SUFFIX = ".pth"
 CONFIG_HELP = "a YAML file, or a checkpoint (.pth), which has the config of its training"
 # Keys of such a config that are not the model's but the run's.
-_OF_THE_RUN = ("OUTPUT_DIR", "SEED")
+_OF_THE_RUN = ("MODEL.DEVICE", "OUTPUT_DIR", "SEED")
 
 # What keys with a choice may be: (key, values)
 CHOICES = (
@@ -108,13 +108,11 @@ def _merge_described(cfg: CfgNode, path: str) -> None:
             raise TypeError(BASE_KEY)
         for key in _leave_out_unknown(content, cfg):
             logger.warning("%s: %s is not a key of this version; it is left out", path, key)
-        for key in _OF_THE_RUN:
-            content.pop(key, None)
+        kept = [word for key in _OF_THE_RUN for word in (key, _value(cfg, key))]
         cfg.merge_from_other_cfg(content)
+        cfg.merge_from_list([*kept, "MODEL.WEIGHTS", path])
     except (AssertionError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"{path}: its config is damaged") from error
-    cfg.MODEL.WEIGHTS = path
-    cfg.MODEL.DEVICE = "auto"  # the machine is another one, perhaps
 
 
 @contextmanager

@@ -4,12 +4,11 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
 from .errors import CheckpointError, ConfigError
-from .weight_files import as_checkpoint_error
+from .weight_files import map_torch_file
 
 logger = logging.getLogger(__name__)
 
@@ -87,9 +86,7 @@ def described_config(path: str) -> str:
         CheckpointError: the file is damaged, or holds more than plain data.
         ConfigError: it has none, as it was not written by a training of this project.
     """
-    with as_checkpoint_error(path):  # the weights stay on the disk
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    description = content.get(KEY) if isinstance(content, Mapping) else None
+    description = map_torch_file(path).get(KEY)
     config = description.get("config") if isinstance(description, Mapping) else None
     if not isinstance(config, str):
         raise ConfigError(

@@ -115,8 +115,7 @@ def exit_on_user_error(*errors: type[Exception]) -> Callable[[Callable[P, T]], C
             except OSError as error:
                 if error.errno not in _REFUSALS:
                     raise
-                where = f"{error.filename}: " if error.filename else ""
-                print(f"error: {where}{error.strerror}", file=sys.stderr)
+                print(f"error: {system_message(error)}", file=sys.stderr)
                 sys.exit(2)
 
         return run
@@ -131,6 +130,11 @@ def one_line(error: Exception) -> str:
         # torch puts the traceback of the worker into the message; its last line is ours
         text = text.splitlines()[-1].partition(": ")[2]
     return " ".join(text.split())
+
+
+def system_message(error: OSError) -> str:
+    """What the system said, after the file that it said it of."""
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -6,7 +6,7 @@ from detectron2.engine.train_loop import TrainerBase
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
-from .errors import DeadWorkerError, TrainingError, UserError, one_line
+from .errors import DeadWorkerError, TrainingError, UserError, one_line, system_message
 
 logger = logging.getLogger(__name__)
 
@@ -82,8 +82,7 @@ def _as_user_error(error: BaseException, iteration: int) -> BaseException:
             "checkpoint"
         )
     if isinstance(error, OSError) and error.strerror and not isinstance(error, UserError):
-        where = f"{error.filename}: " if error.filename else ""
-        return TrainingError(f"iteration {iteration}: {where}{error.strerror}")
+        return TrainingError(f"iteration {iteration}: {system_message(error)}")
     return error
 
 

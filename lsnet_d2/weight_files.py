@@ -57,6 +57,14 @@ def read_torch_file(path: str) -> Mapping[str, Any]:
         return _require_names(path, torch.load(path, map_location="cpu", weights_only=True))
 
 
+def map_torch_file(path: str) -> Mapping[str, Any]:
+    """As :func:`read_torch_file`, for what stands beside the weights: these stay on the disk, and
+    their checksums are not looked at."""
+    with as_checkpoint_error(path):
+        data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return _require_names(path, data)
+
+
 def read_model_zoo_pickle(path: str) -> dict[str, Any]:
     """The weights in a pickle, in the form that Detectron2 gives them: its own zoo names its
     author; others are Caffe2's and matched by heuristics.
@@ -103,9 +111,7 @@ def is_whole_checkpoint(path: str) -> bool:
     try:
         if _first_damaged(path):
             return False
-        # the tensors themselves stay on the disk
-        data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        _require_names(path, _require_names(path, data).get("model"))
+        _require_names(path, map_torch_file(path).get("model"))
     except Exception:  # damaged bytes may raise anything
         logger.debug("%s is not a whole checkpoint", path, exc_info=True)
         return False

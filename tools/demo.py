@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.utils.logger import setup_logger
+from PIL import Image
 from tqdm import tqdm
 
 from lsnet_d2 import LSNetPredictor
@@ -163,7 +164,7 @@ def run_on_images(detector: Detector, patterns: list[str], output: str | None) -
         make_folder(plan[path].parent)
         with atomic_write(plan[path]) as file:
             file_format = WRITTEN_SUFFIXES[plan[path].suffix.lower()]
-            file.write(encode_image(picture, file_format, quality=95))
+            file.write(encode_image(Image.fromarray(picture), file_format, quality=95))
     if failed:
         logger.error("%d of %d images could not be used", failed, len(images))
     return failed

@@ -56,14 +56,15 @@ def first_images(data: dict, count: int, keypoints: bool = False) -> dict:
     return {**data, "images": images, "annotations": annotations}
 
 
-def shorten(cfg: CfgNode, given: list[str]) -> None:
-    """Give a config the schedule for few images, in place, but for the keys in ``given``."""
-    values = {**schedule_of_length(cfg, ITERATIONS), "TEST.EVAL_PERIOD": 0, "TEST.BEST_METRIC": ""}
-    values["TEST.PATIENCE"] = 0
-    if "SOLVER.MAX_ITER" not in given:
-        for key, value in values.items():
-            if key not in given:
-                cfg.merge_from_list([key, value])
+def short_schedule(cfg: CfgNode) -> list[str]:
+    """The options that give a config the schedule for few images."""
+    values = {
+        **schedule_of_length(cfg, ITERATIONS),
+        "TEST.EVAL_PERIOD": 0,
+        "TEST.BEST_METRIC": "",
+        "TEST.PATIENCE": 0,
+    }
+    return [word for key, value in values.items() for word in (key, repr(value))]
 
 
 @exit_on_user_error()
@@ -78,15 +79,16 @@ def main() -> None:
         json.dump(data, file)
 
     # In the config that is saved, so that other tools know the data.
+    given = merge_config(args.config_file, args.opts)
     files = [[DATASET, os.path.abspath(subset), os.path.abspath(args.images)]]
-    files += merge_config(args.config_file, args.opts).DATASETS.COCO_FILES
+    files += given.DATASETS.COCO_FILES
 
-    opts = ["DATASETS.TRAIN", f"('{DATASET}',)", "DATASETS.TEST", f"('{DATASET}',)"]
+    opts = [] if "SOLVER.MAX_ITER" in args.opts else short_schedule(given)
+    opts += ["DATASETS.TRAIN", f"('{DATASET}',)", "DATASETS.TEST", f"('{DATASET}',)"]
     opts += ["INPUT.RANDOM_FLIP", "none", "OUTPUT_DIR", args.output]
     cfg = load_config(args.config_file, [*opts, *args.opts, "DATASETS.COCO_FILES", repr(files)])
     if classes_key(cfg) not in args.opts:
         cfg.merge_from_list([classes_key(cfg), len(data["categories"])])
-    shorten(cfg, args.opts[::2])
     cfg.freeze()
     log_setup(cfg, argparse.Namespace(config_file=args.config_file))
     trainer = LSNetTrainer(cfg)

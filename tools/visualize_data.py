@@ -17,6 +17,7 @@ from detectron2.data.detection_utils import convert_image_to_rgb
 from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
+from PIL import Image
 from tqdm import tqdm
 
 import lsnet_d2  # noqa: F401  (registers the model, the backbones and the data sets)
@@ -252,7 +253,7 @@ def main() -> None:
             right = draw_predictions(record, metadata, results, ids, **style)
             picture = side_by_side(picture, right)
         with atomic_write(folder / f"{index:04d}_{Path(record['file_name']).stem}.png") as file:
-            file.write(encode_image(picture, "PNG"))
+            file.write(encode_image(Image.fromarray(picture), "PNG"))
     logger.info("%d pictures written to %s", len(dicts), folder)
 
 

@@ -213,16 +213,15 @@ def check_resizing(name: str, size: tuple[int, int], new_size: tuple[int, int]) 
         )
 
 
-def encode_image(pixels: np.ndarray, file_format: str, **options: Any) -> bytes:
+def encode_image(image: Image.Image, file_format: str, **options: Any) -> bytes:
     """The content of an image file.
 
     Pillow, given a file, does not notice that a disk is full while it writes a JPEG.
 
     Args:
-        pixels: (H, W, 3) uint8, RGB.
         file_format: Pillow's name of it.
         options: of Pillow's writer.
     """
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, file_format, **options)
+    image.save(buffer, file_format, **options)
     return buffer.getvalue()

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 from iopath.common.file_io import file_lock
+from PIL import Image
 from pycocotools import mask as mask_util
 from tqdm import tqdm
 
@@ -137,7 +138,7 @@ def generate(
         entropy = [seed, SPLITS.index(split), number]
         scene = draw_scene(np.random.Generator(np.random.PCG64(entropy)), size)
         file_name = f"{number:06d}.jpg"
-        content = encode_image(scene.image, "JPEG", quality=JPEG_QUALITY)
+        content = encode_image(Image.fromarray(scene.image), "JPEG", quality=JPEG_QUALITY)
         (image_root / file_name).write_bytes(content)
         images.append({"id": number, "file_name": file_name, "width": size, "height": size})
         for annotation in scene_annotations(scene):

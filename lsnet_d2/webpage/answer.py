@@ -13,7 +13,7 @@ from detectron2.data import Metadata
 from PIL import Image
 
 from ..data.catalog import class_name
-from ..data.images import ImageError, convert_image, open_image
+from ..data.images import ImageError, convert_image, encode_image, open_image
 from ..drawing import TRUNK, TRUNK_COLOR
 from ..exports import Results
 
@@ -122,9 +122,8 @@ def clean_name(name: str) -> str:
 def data_url(picture: Image.Image) -> str:
     """An RGB picture as a JPEG in a URL, made smaller if it is large."""
     picture.thumbnail((MAX_SHOWN_SIDE, MAX_SHOWN_SIDE))
-    file = io.BytesIO()
-    picture.save(file, "JPEG", quality=92, subsampling=0)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+    content = encode_image(picture, "JPEG", quality=92, subsampling=0)
+    return "data:image/jpeg;base64," + base64.b64encode(content).decode()
 
 
 def describe_skeleton(metadata: Metadata | None) -> list[dict[str, Any]]:

@@ -1,6 +1,5 @@
 """Pictures that the page offers to try."""
 
-import io
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from pathlib import Path
 from detectron2.data import Metadata
 from PIL import Image
 
-from ..data.images import IMAGE_SUFFIXES, ImageError, read_image
+from ..data.images import IMAGE_SUFFIXES, ImageError, encode_image, read_image
 from ..errors import UserError
 
 MAX_EXAMPLES = 8
@@ -33,9 +32,7 @@ class Example:
         """
         picture = Image.fromarray(read_image(str(path), "RGB"))
         picture.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
-        file = io.BytesIO()
-        picture.save(file, "JPEG", quality=88)
-        return cls(path, file.getvalue())
+        return cls(path, encode_image(picture, "JPEG", quality=88))
 
 
 def find_examples(paths: Iterable[str] | None, metadata: Metadata | None) -> list[Example]:

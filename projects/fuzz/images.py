@@ -1,6 +1,5 @@
 """Image files, sound and damaged, and what reads them."""
 
-import io
 import random
 import struct
 import zlib
@@ -9,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image
 
-from lsnet_d2.data.images import read_image, read_image_size
+from lsnet_d2.data.images import encode_image, read_image, read_image_size
 
 SIZE = (40, 56)  # height, width
 
@@ -41,9 +40,7 @@ def sound_image(rng: random.Random) -> bytes:
         options["exif"] = exif
     if file_format == "JPEG":
         options |= {"progressive": rng.random() < 0.5, "quality": rng.choice([5, 90])}
-    file = io.BytesIO()
-    image.save(file, file_format, **options)
-    return file.getvalue()
+    return encode_image(image, file_format, **options)
 
 
 def damage_image(rng: random.Random) -> tuple[str, bytes]:
