@@ -38,6 +38,9 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data", type=Path, nargs="+", metavar="DIR", help="folders in COCO's format, together"
     )
+    parser.add_argument(
+        "--val-data", type=Path, nargs="+", metavar="DIR", help="test on these alone, not all"
+    )
     parser.add_argument("--groups", nargs="+", metavar="NAME", help="only these")
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="only these")
     parser.add_argument("--seeds", type=int, nargs="+", help="in place of the plan's")
@@ -189,10 +192,12 @@ def main() -> None:
     output = make_folder(args.output or ROOT / "output" / args.plan.stem).resolve()
     device = resolve_device(args.device)
     opts = ["MODEL.DEVICE", device, *args.opts]
+    if args.val_data and not args.data:
+        raise UserError("--val-data needs --data")
     if args.data and not plan.data:
         raise UserError(f"{args.plan} has no 'data': its configs name their data themselves")
     if args.data:
-        opts = data_opts(args.data, plan.data, output / "data") + opts
+        opts = data_opts(args.data, plan.data, output / "data", val=args.val_data or ()) + opts
     elif plan.data and "DATASETS.COCO_FILES" not in args.opts:
         raise UserError(f"{args.plan} needs --data, folders in COCO's format")
     if len(opts) % 2:

@@ -35,17 +35,21 @@ def find_split(folder: Path, annotations: str, split: str) -> tuple[Path, Path]:
     raise UserError(f"{folder}: no annotations/{annotations}_{split}.json, nor {split}2017.json")
 
 
-def data_opts(folders: Sequence[Path], data: DataKey, output: Path) -> list[str]:
+def data_opts(
+    folders: Sequence[Path], data: DataKey, output: Path, *, val: Sequence[Path] = ()
+) -> list[str]:
     """``DATASETS.COCO_FILES``, and its value, for the folders of ``--data``.
 
-    Of several folders, ``{split}.json`` with all of them is written to ``output``.
+    Of several folders, ``{split}.json`` with all of them is written to ``output``. The folders of
+    ``--val-data``, where given, are those that "val" comes from.
 
     Raises:
         UserError: see :func:`find_split` and :func:`join_files`.
     """
     files = []
     for split in SPLITS:
-        found = [find_split(folder.resolve(), data.annotations, split) for folder in folders]
+        chosen = val if val and split == "val" else folders
+        found = [find_split(folder.resolve(), data.annotations, split) for folder in chosen]
         json_file, images = found[0]
         if len(found) > 1:
             json_file = make_folder(output) / f"{split}.json"

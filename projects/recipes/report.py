@@ -61,9 +61,9 @@ def tables(rows: list[Row]) -> str:
             if not known:
                 continue
             text += [
-                f"| {group}: {TITLES[kind]} | runs | iterations | s / iteration | minutes | MiB | "
+                f"| {group}: {TITLES[kind]} | runs | iterations | s / iteration | minutes | MiB | M parameters | "
                 f"{' | '.join(FIGURES)} |",
-                "|" + " --- |" * (6 + len(FIGURES)),
+                "|" + " --- |" * (7 + len(FIGURES)),
                 *(_line(name, runs, kind) for name, runs in known.items()),
                 "",
             ]
@@ -85,9 +85,15 @@ def _line(name: str, runs: list[Row], kind: str) -> str:
     cells = [
         *(name, count, cell([statistics.mean(run.iterations for run in fine)], 0)),
         *(cell(steps, 3) + mark, cell(minutes) + mark, cell([_peak(fine)], 0)),
+        cell([_parameters(fine)]),
         *(cell([run.scores.get(f"{kind}/{figure}") for run in fine]) for figure in FIGURES),
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _parameters(runs: list[Row]) -> float | None:
+    """In millions."""
+    return next((run.parameters / 1e6 for run in runs if run.parameters is not None), None)
 
 
 def _peak(runs: list[Row]) -> float | None:
@@ -178,5 +184,6 @@ def _summary(key: tuple[str, str], runs: list[Row]) -> dict:
         "times_comparable": all(run.jobs == 1 for run in fine),
         "step_seconds": summarize([run.step_seconds for run in fine]),
         "peak_memory": _peak(fine),
+        "parameters_in_millions": _parameters(fine),
         "scores": {name: summarize([run.scores.get(name) for run in fine]) for name in names},
     }

@@ -63,6 +63,7 @@ class Row:
             no such objects, or nothing was found at all.
         version: of :class:`versions.Version`, with its key.
         folder: of its files.
+        parameters: of the model, frozen ones too; None: it ended too early.
     """
 
     group: str
@@ -77,6 +78,7 @@ class Row:
     scores: dict[str, float | None]
     version: dict[str, str]
     folder: str
+    parameters: float | None = None
 
 
 class Trainings:
@@ -241,6 +243,7 @@ class Trainings:
             scores={} if status == DIVERGED else final_scores(metrics, iterations, folder),
             version={**asdict(self.version), "key": self.version.key},
             folder=str(folder.relative_to(self.output)),
+            parameters=metrics[-1].get("parameters") if metrics else None,
         )
         with atomic_write(folder / "row.json", "w") as file:
             json.dump(asdict(row), file, indent=1)

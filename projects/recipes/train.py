@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""As tools/train_net.py in one process, with the peak of memory among the metrics.
+"""As tools/train_net.py in one process, with the model's size and the peak of memory among the metrics.
 
 A training whose loss or weights are no numbers any more ends with a status of its own, which
 ``runs.py`` knows.
@@ -26,9 +26,12 @@ from lsnet_d2.run_setup import setup
 DIVERGED = 3
 
 
-class PeakMemory(HookBase):
-    """Writes ``peak_memory``, in MiB: on CUDA of what torch has allocated, elsewhere of the whole
-    process, without the workers that load data."""
+class Footprint(HookBase):
+    """Writes how large the model is, ``parameters``, and ``peak_memory``, in MiB: on CUDA of what
+    torch has allocated, elsewhere of the whole process, without the workers that load data."""
+
+    def before_train(self) -> None:
+        self._parameters = sum(p.numel() for p in self.trainer.model.parameters())
 
     def after_step(self) -> None:
         device = torch.device(self.trainer.cfg.MODEL.DEVICE)
@@ -37,11 +40,12 @@ class PeakMemory(HookBase):
         else:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
         self.trainer.storage.put_scalar("peak_memory", peak, smoothing_hint=False)
+        self.trainer.storage.put_scalar("parameters", self._parameters, smoothing_hint=False)
 
 
 class RecipeTrainer(LSNetTrainer):
     def build_hooks(self) -> list[HookBase]:
-        return [PeakMemory(), *super().build_hooks()]
+        return [Footprint(), *super().build_hooks()]
 
 
 def has_diverged(error: Exception) -> bool:

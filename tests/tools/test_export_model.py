@@ -13,6 +13,7 @@ import lsnet_d2.export
 from lsnet_d2 import LSNetPredictor
 from lsnet_d2.checkpointer import LSNetCheckpointer
 from lsnet_d2.config_file import load_config
+from lsnet_d2.description import describe_model
 from lsnet_d2.export import DetectingModule
 
 pytest.importorskip("onnxruntime")
@@ -36,7 +37,8 @@ def folder(tmp_path_factory):
     (demo / "config.yaml").write_text(CONFIG)
     cfg = load_config(str(demo / "config.yaml"), ["MODEL.DEVICE", "cpu"])
     model = make_finding_model(cfg, seed=1)
-    LSNetCheckpointer(model, str(demo)).save("model_final")
+    checkpointer = LSNetCheckpointer(model, str(demo), description=describe_model(cfg))
+    checkpointer.save("model_final")
     Image.fromarray(data.cat()).save(folder / "photo.jpg", quality=95)
     for name in ("tools", "projects"):
         (folder / name).symlink_to(ROOT / name)
