@@ -15,8 +15,10 @@ from torch import Tensor
 from ..data.keypoints import keypoint_flip_indices
 from ..structures import ContourMasks
 from ..tasks import branch_weights
+from .keypoint_maps import KeypointMaps
 from .landmarks import LandmarkBranch, LandmarkTargets, clip_points, span_boxes, spread_indices
 from .losses import box_penalty, cross_iou, cross_iou_grouped, cross_iou_per_coordinate
+from .outlines import OutlineMaps
 
 # The cost of an error along the outline, relative to one across it: detections are judged by the
 # latter, and where on a smooth outline a vertex lies is hard to see.
@@ -89,7 +91,6 @@ class ContourBranch(LandmarkBranch):
     name = "segm"
     pred_field = "pred_contours"
     score_field = "contour_scores"
-    is_outline = True
     # With 36 vertices the released code samples at these; its checkpoints depend on it.
     _SAMPLING = {36: [0, 5, 10, 15, 20, 25, 30, 35]}
     _VERTICES_PER_GROUP = 4
@@ -112,6 +113,10 @@ class ContourBranch(LandmarkBranch):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         return {"num_points": cfg.MODEL.LSNET.NUM_CONTOUR_POINTS}
+
+    def build_maps(self, cfg: CfgNode, channels: int, stride: int) -> OutlineMaps | None:
+        num_classes = cfg.MODEL.LSNET.NUM_CLASSES
+        return OutlineMaps.build(cfg, channels=channels, num_classes=num_classes, stride=stride)
 
     def targets(self, instances: Instances) -> LandmarkTargets:
         contours = instances.gt_contours
@@ -215,6 +220,14 @@ class KeypointBranch(LandmarkBranch):
             "train_unlabelled": cfg.MODEL.LSNET.TRAIN_UNLABELLED_POSES,
         }
 
+    def build_maps(self, cfg: CfgNode, channels: int, stride: int) -> KeypointMaps | None:
+        return KeypointMaps.build(
+            cfg, channels=channels, num_keypoints=self.num_landmarks, stride=stride
+        )
+
+    def unknown(self, targets: LandmarkTargets, classes: Tensor) -> Tensor:
+        return ~targets.visible.any(dim=1) & self._have_keypoints(classes)
+
     def targets(self, instances: Instances) -> LandmarkTargets:
         keypoints = instances.gt_keypoints.tensor
         places, visible = keypoints[..., :2], keypoints[..., 2] > 0
@@ -249,11 +262,16 @@ class KeypointBranch(LandmarkBranch):
         return (similarity * visible).sum(1) / visible.sum(1).clamp(min=1)
 
     def prediction(self, landmarks, scores, classes, image_size):
-        if self.classes:
-            scores = scores * (classes[:, None] == classes.new_tensor(self.classes)).any(dim=1)
+        scores = scores * self._have_keypoints(classes)
         column = scores[:, None, None].expand(-1, self.num_landmarks, 1)
         places = clip_points(landmarks, image_size)
         return torch.cat([places, column.to(places)], dim=2), scores
+
+    def _have_keypoints(self, classes: Tensor) -> Tensor:
+        """(N,) bool: which of the classes (N,) have keypoints."""
+        if not self.classes:
+            return torch.ones_like(classes, dtype=torch.bool)
+        return (classes[:, None] == classes.new_tensor(self.classes)).any(dim=1)
 
     def rescale_predictions(self, instances: Instances, scale: tuple[float, float]) -> None:
         places = instances.get(self.pred_field)[..., :2]

@@ -4,7 +4,6 @@ Letters: B images, A anchor points of all levels together, G objects, K classes,
 branch, N positives.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -14,15 +13,15 @@ from detectron2.structures import Instances
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from fvcore.nn import sigmoid_focal_loss
-from torch import Tensor, nn
+from torch import Tensor
 
 from .assigners import assign_atss, assign_nearest
 from .corner_verification import CornerCriterion
 from .distributed import mean_over_workers
 from .head import HeadOutput
 from .landmarks import LandmarkBranch, LandmarkTargets
-from .outlines import OutlineMaps
 from .points import AnchorPoints, points_in_boxes
+from .polish import Polish
 from .polish_criterion import PolishCriterion
 from .samples import BranchSamples, GroundTruth, Matches
 
@@ -49,7 +48,6 @@ class Criterion:
         ignore_crowd: bool = True,
         corners: CornerCriterion | None = None,
         polish: PolishCriterion | None = None,
-        outline_loss_weights: Sequence[float] = (4.0, 0.5),
     ) -> None:
         """
         Args:
@@ -63,7 +61,6 @@ class Criterion:
                 first branch learns, out of the losses of classes and of corner verification.
             corners: the losses of corner verification, if there is any.
             polish: the losses of the third stage, if there is one.
-            outline_loss_weights: of what covers a cell, and of where the nearest outline is.
         """
         self.branches = branches
         self.strides = strides
@@ -77,7 +74,6 @@ class Criterion:
         self.ignore_crowd = ignore_crowd
         self.corners = corners
         self.polish = polish
-        self.outline_loss_weights = outline_loss_weights
 
     @classmethod
     def from_config(
@@ -100,7 +96,6 @@ class Criterion:
             "ignore_crowd": cfg.MODEL.LSNET.IGNORE_CROWD,
             "corners": CornerCriterion(cfg) if cfg.MODEL.LSNET.CPV else None,
             "polish": PolishCriterion(cfg) if cfg.MODEL.LSNET.POLISH_IN_FEATURES else None,
-            "outline_loss_weights": cfg.MODEL.LSNET.OUTLINE_LOSS_WEIGHTS,
         }
 
     def __call__(
@@ -110,8 +105,7 @@ class Criterion:
         image_sizes: list[tuple[int, int]],
         batched_inputs: list[dict],
         *,
-        polish: nn.ModuleDict | None = None,
-        outlines: OutlineMaps | None = None,
+        polish: Polish | None = None,
         fine: list[Tensor] = (),
     ) -> dict[str, Tensor]:
         """Losses by name, each a scalar with its weight.
@@ -119,8 +113,7 @@ class Criterion:
         Args:
             image_sizes: (height, width) of each image.
             batched_inputs: with ``instances`` and, where there are any, ``ignore_boxes``.
-            polish: by name of the branch, its third stage; None: there is none.
-            outlines: what teaches the first of ``fine`` where outlines are; None: nothing does.
+            polish: the third stage; None: there is none.
             fine: the feature maps that the third stage looks at.
         """
         truth = self.ground_truth(points, image_sizes, batched_inputs)
@@ -145,8 +138,7 @@ class Criterion:
         if self.polish is not None:
             background = (assigned < 0) & truth.valid & ~truth.ignored
             losses |= self.polish(points, predictions, samples, background, truth, polish, fine)
-        if outlines is not None:
-            losses |= self.outline_losses(outlines, fine[0], image_sizes, truth)
+            losses |= self.polish.map_losses(self.branches, truth, image_sizes, polish, fine[0])
         if self.corners is not None:
             losses |= self.corners(
                 points,
@@ -308,27 +300,3 @@ class Criterion:
             _BASE_SCALE * stride,
         )
         return loss.sum()
-
-    def outline_losses(
-        self,
-        outlines: OutlineMaps,
-        feature: Tensor,
-        image_sizes: list[tuple[int, int]],
-        truth: GroundTruth,
-    ) -> dict[str, Tensor]:
-        """Losses of the maps, from the objects that have outlines."""
-        (number,) = (i for i, branch in enumerate(self.branches) if branch.is_outline)
-        targets, present = truth.targets[number], [t.present for t in truth.targets[number]]
-        without = [
-            torch.cat([regions, first.boxes[~known]])
-            for regions, first, known in zip(truth.regions, truth.targets[0], present, strict=True)
-        ]
-        losses = outlines.losses(
-            feature,
-            image_sizes,
-            [t.landmarks[known] for t, known in zip(targets, present, strict=True)],
-            [classes[known] for classes, known in zip(truth.classes, present, strict=True)],
-            without,
-        )
-        weights = zip(losses, self.outline_loss_weights, strict=True)
-        return {name: weight * losses[name] for name, weight in weights}

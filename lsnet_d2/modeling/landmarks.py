@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.structures import Instances
-from torch import Tensor
+from torch import Tensor, nn
 
 from .vectors import decode_vectors, encode_vectors
 
@@ -83,13 +83,11 @@ class LandmarkBranch(ABC):
             sampled too, and what is missing to nine points are free, learned displacements.
         pred_field: field of ``Instances`` that holds the predicted landmarks.
         score_field: field that holds their scores; "scores" are those of the detections.
-        is_outline: whether the landmarks, one after the other, go around the object.
     """
 
     name: str
     pred_field: str
     score_field = "scores"
-    is_outline = False
 
     def __init__(
         self,
@@ -245,6 +243,22 @@ class LandmarkBranch(ABC):
         distance = (error * across).sum(-1).abs() + cost * (error * along).sum(-1).abs()
         visible = targets.visible.to(distance)
         return (distance * visible).sum(1) / visible.sum(1).clamp(min=1)
+
+    def build_maps(self, cfg: CfgNode, channels: int, stride: int) -> nn.Module | None:
+        """The :class:`.LandmarkMaps` that teach the features of the third stage, if there are any.
+
+        Args:
+            channels, stride: of the finest of these features.
+        """
+        return None
+
+    def unknown(self, targets: LandmarkTargets, classes: Tensor) -> Tensor:
+        """(G,) bool: objects that have such landmarks, of which the branch learns nothing.
+
+        Args:
+            classes: (G,).
+        """
+        return ~targets.present
 
     @abstractmethod
     def quality(self, landmarks: Tensor, targets: LandmarkTargets) -> Tensor:

@@ -1,7 +1,5 @@
 """The LSNet meta-architecture (arXiv 2104.04899)."""
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from detectron2.config import configurable
@@ -15,9 +13,8 @@ from .corner_verification import snap_boxes
 from .criterion import Criterion
 from .head import HeadOutput, LSNetHead
 from .landmarks import LandmarkBranch
-from .outlines import OutlineMaps, build_outline_maps
 from .points import AnchorPoints, make_anchor_points
-from .polish import build_polish
+from .polish import Polish, build_polish
 from .postprocessing import (
     clip_boxes,
     make_instances,
@@ -51,9 +48,7 @@ class LSNet(DenseDetector):
         branches: list[LandmarkBranch],
         num_classes: int,
         criterion: Criterion,
-        polish: nn.ModuleDict | None = None,
-        polish_in_features: Sequence[str] = (),
-        outlines: OutlineMaps | None = None,
+        polish: Polish | None = None,
         test_score_thresh: float = 0.05,
         test_topk_candidates: int = 1000,
         test_nms_thresh: float = 0.6,
@@ -70,9 +65,7 @@ class LSNet(DenseDetector):
             head: predicts vectors for the same branches.
             branches: the first one supplies the boxes of assignment and NMS.
             criterion: the losses, for the same branches.
-            polish: by name of the branch, what moves its landmarks in a third stage; None: nothing.
-            polish_in_features: the backbone's features that it looks at.
-            outlines: what the first of them goes through before, and is taught by; None: nothing.
+            polish: the third stage, which moves landmarks; None: there is none.
             test_topk_candidates: points kept per level before NMS.
             test_min_box_area: in square pixels of the original image; detections need more.
             test_quality_share: of the third stage's judgement in scores, as an exponent.
@@ -87,8 +80,6 @@ class LSNet(DenseDetector):
         self.num_classes = num_classes
         self.criterion = criterion
         self.polish = polish
-        self.polish_in_features = list(polish_in_features)
-        self.outlines = outlines
         self.test_score_thresh = test_score_thresh
         self.test_topk_candidates = test_topk_candidates
         self.test_nms_thresh = test_nms_thresh
@@ -116,8 +107,6 @@ class LSNet(DenseDetector):
                 backbone.size_divisibility,
             ),
             "polish": build_polish(cfg, shapes, branches),
-            "polish_in_features": cfg.MODEL.LSNET.POLISH_IN_FEATURES,
-            "outlines": build_outline_maps(cfg, shapes, branches),
             "test_score_thresh": cfg.MODEL.LSNET.SCORE_THRESH_TEST,
             "test_topk_candidates": cfg.MODEL.LSNET.TOPK_CANDIDATES_TEST,
             "test_nms_thresh": cfg.MODEL.LSNET.NMS_THRESH_TEST,
@@ -145,7 +134,6 @@ class LSNet(DenseDetector):
                 images.image_sizes,
                 batched_inputs,
                 polish=self.polish,
-                outlines=self.outlines,
                 fine=fine,
             )
         results = self.inference(points, predictions, fine, images)
@@ -176,9 +164,7 @@ class LSNet(DenseDetector):
         features = self.backbone(images)
         predictions = self.head([features[name] for name in self.head_in_features])
         points = make_anchor_points(predictions.sizes, self.strides, images.device)
-        fine = [features[name] for name in self.polish_in_features]
-        if self.outlines is not None:
-            fine[0] = self.outlines(fine[0])
+        fine = self.polish.features(features) if self.polish is not None else []
         return points, predictions, fine
 
     def inference(
@@ -273,7 +259,7 @@ class LSNet(DenseDetector):
         image = torch.zeros_like(scores, dtype=torch.long)
         moved, moved_scores = [], []
         for branch, places in zip(self.branches, landmarks, strict=True):
-            places, quality = self.polish[branch.name](fine, image, places)[-1]
+            places, quality = self.polish.branches[branch.name](fine, image, places)[-1]
             quality = quality.float().sigmoid().gather(1, classes[:, None])[:, 0]
             moved.append(places)
             moved_scores.append(

@@ -1,28 +1,22 @@
-"""Maps of what lies where, which teach the features that the third stage looks at.
+"""Maps of what covers a cell, and of where the nearest outline is.
 
-A landmark is seen at a few points of an image, and they alone teach the features under them. Where
-there are outlines, every cell has something to tell: the classes of the objects that cover it, and
-where the nearest outline is. (BlendMask, arXiv 2001.00309, and others learn a semantic map beside
-their objects.) At test time the maps are not computed, only the features that they are made from.
+Where there are outlines, every cell has something to tell: the classes of the objects that cover
+it, and where the nearest outline is. At test time these maps are not computed, only the features
+that they are made from.
 
-Letters: B images, C channels, K classes, (H, W) the size of the map, G objects, P vertices. Cell
-(i, j) of a map with stride s lies at x = j * s, y = i * s, as anchor points do.
+Letters as in :mod:`.maps`, and K classes, P vertices.
 """
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from detectron2.config import CfgNode
-from detectron2.layers import ShapeSpec
-from detectron2.utils import comm
-from torch import Tensor, nn
+from torch import Tensor
 
 from .assigners import lowest_cost
-from .blocks import ConvNormAct, same_conv, set_prior
-from .distributed import mean_over_workers
-from .landmarks import LandmarkBranch
-from .points import make_anchor_points, points_in_boxes
+from .blocks import same_conv, set_prior
+from .landmarks import LandmarkTargets
+from .maps import LandmarkMaps, mean_of
 
 # How far from an outline a cell tells where it is, in cells, and the cells around an outline's
 # points that may be as near.
@@ -31,56 +25,36 @@ _WINDOW = 2
 _COVERED_BEFORE_TRAINING = 0.05
 
 
-class OutlineMaps(nn.Module):
-    """Convolutions on the finest features of the third stage, and the maps that teach them.
+class OutlineMaps(LandmarkMaps):
+    key = "OUTLINE_MAPS"
+    loss_names = ("loss_covering", "loss_outline")
 
-    Args:
-        channels: C, a multiple of 32.
-        num_classes: K.
-        stride: of the features.
-    """
-
-    def __init__(self, channels: int, num_classes: int, stride: int, *, num_convs: int = 2) -> None:
-        super().__init__()
-        self.stride = stride
-        self.convs = nn.Sequential(*[ConvNormAct(channels, channels) for _ in range(num_convs)])
+    def __init__(
+        self, *, channels: int, num_classes: int, stride: int, loss_weights: Sequence[float]
+    ) -> None:
+        """
+        Args:
+            channels: C.
+            num_classes: K.
+            stride, loss_weights: see :class:`LandmarkMaps`; of what covers a cell, and of where the
+                nearest outline is.
+        """
+        super().__init__(stride, loss_weights)
         self.covering = same_conv(channels, num_classes, 1)
         self.displacement = same_conv(channels, 2, 1)
         set_prior(self.covering, _COVERED_BEFORE_TRAINING)
 
-    def forward(self, feature: Tensor) -> Tensor:
-        """(B, C, H, W) to features that know outlines, of the same shape."""
-        return self.convs(feature)
-
-    def losses(
+    def errors(
         self,
         feature: Tensor,
-        image_sizes: list[tuple[int, int]],
-        contours: list[Tensor],
+        targets: list[LandmarkTargets],
         classes: list[Tensor],
-        ignored: list[Tensor],
-    ) -> dict[str, Tensor]:
-        """How far the maps are off, by name: means over the cells of all processes.
-
-        Args:
-            feature: (B, C, H, W), of :meth:`forward`.
-            image_sizes: (height, width) of each image, without padding.
-            contours: per image (G, P, 2) in pixels of the network's input.
-            classes: per image (G,).
-            ignored: per image (R, 4) XYXY, regions in which nothing is known.
-        """
-        feature = feature.float()
+        known: Tensor,
+    ) -> tuple[Tensor, ...]:
         covering = self.covering(feature)
         displacement = self.displacement(feature).permute(0, 2, 3, 1)
         num_classes, *size = covering.shape[1:]
-        cells = make_anchor_points([tuple(size)], [self.stride], feature.device).xy
-        known = torch.stack(
-            [
-                ~points_in_boxes(cells, regions)
-                & (cells < cells.new_tensor([width, height])).all(1)
-                for regions, (height, width) in zip(ignored, image_sizes, strict=True)
-            ]
-        ).unflatten(1, size)
+        contours = [t.landmarks for t in targets]
         covered = torch.stack(
             [
                 classes_of_cells(outlines, labels, num_classes, size, self.stride)
@@ -90,42 +64,9 @@ class OutlineMaps(nn.Module):
         nearest, near = zip(
             *(nearest_outline(outlines, size, self.stride) for outlines in contours), strict=True
         )
-        near = torch.stack(near) & known
         loss = F.binary_cross_entropy_with_logits(covering, covered, reduction="none").mean(1)
         away = (displacement - torch.stack(nearest) / self.stride).abs().sum(3)
-        return {
-            "loss_covering": _mean(loss, known),
-            "loss_outline": _mean(away, near),
-        }
-
-
-def build_outline_maps(
-    cfg: CfgNode, shapes: Mapping[str, ShapeSpec], branches: list[LandmarkBranch]
-) -> OutlineMaps | None:
-    """For ``MODEL.LSNET.OUTLINE_MAPS``; None without it, without contours or without third stage.
-
-    Args:
-        shapes: of the backbone's features.
-
-    Raises:
-        ValueError: there are not two weights of their losses; the message names the key.
-    """
-    node = cfg.MODEL.LSNET
-    outlined = any(branch.is_outline for branch in branches)
-    if not (node.OUTLINE_MAPS and node.POLISH_IN_FEATURES and outlined):
-        return None
-    if len(node.OUTLINE_LOSS_WEIGHTS) != 2:
-        raise ValueError(
-            f"MODEL.LSNET.OUTLINE_LOSS_WEIGHTS is {list(node.OUTLINE_LOSS_WEIGHTS)}; it must have "
-            "two values"
-        )
-    shape = shapes[node.POLISH_IN_FEATURES[0]]
-    return OutlineMaps(shape.channels, node.NUM_CLASSES, shape.stride)
-
-
-def _mean(values: Tensor, counted: Tensor) -> Tensor:
-    count = mean_over_workers(counted.sum().float()).clamp(min=1 / comm.get_world_size())
-    return (values * counted).sum() / count
+        return mean_of(loss, known), mean_of(away, torch.stack(near) & known)
 
 
 def classes_of_cells(

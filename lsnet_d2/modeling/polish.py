@@ -12,7 +12,7 @@ Since it runs on a few points of training and on final detections alone, it cost
 Letters: N points, V landmarks, C channels, K classes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from detectron2.config import CfgNode
@@ -20,11 +20,14 @@ from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
 from ..layers import sample_features
-from .blocks import set_prior
+from .blocks import ConvNormAct, set_prior
 from .landmarks import DISPLACEMENT_UNIT, LandmarkBranch
+from .maps import LandmarkMaps
 
 _HEADS = 4
 _QUALITY_BEFORE_TRAINING = 0.2
+# On the finest features, where there are maps.
+_NUM_CONVS = 2
 
 
 class PolishStep(nn.Module):
@@ -39,6 +42,7 @@ class PolishStep(nn.Module):
         *,
         channels: int = 64,
         num_layers: int = 2,
+        guided: bool = False,
     ) -> None:
         """
         Args:
@@ -48,11 +52,13 @@ class PolishStep(nn.Module):
             num_classes: K.
             channels: width of the tokens, a multiple of 4.
             num_layers: of self-attention.
+            guided: whether landmarks have maps of their own, see :class:`.LandmarkMaps`.
         """
         super().__init__()
         self.strides = strides
         self.appearance = nn.Linear(in_channels, channels)
         self.place = nn.Linear(2, channels)
+        self.guidance = nn.Linear(3, channels) if guided else None
         self.identity = nn.Parameter(torch.randn(num_landmarks, channels) * 0.02)
         layer = nn.TransformerEncoderLayer(
             channels, _HEADS, 2 * channels, dropout=0.0, batch_first=True, norm_first=True
@@ -60,6 +66,7 @@ class PolishStep(nn.Module):
         self.layers = nn.TransformerEncoder(layer, num_layers, enable_nested_tensor=False)
         self.norm = nn.LayerNorm(channels)
         self.out = nn.Linear(channels, 2)
+        self.trust = nn.Linear(channels, 1) if guided else None
         self.quality = nn.Linear(channels, num_classes)
         set_prior(self.quality, _QUALITY_BEFORE_TRAINING)
         # At first nothing moves.
@@ -67,13 +74,18 @@ class PolishStep(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(
-        self, features: list[Tensor], image: Tensor, landmarks: Tensor
+        self,
+        features: list[Tensor],
+        image: Tensor,
+        landmarks: Tensor,
+        guide: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """
         Args:
             features: per stride (B, C, H, W).
             image: (N,), in which image the points are.
             landmarks: (N, V, 2) in pixels of the network's input.
+            guide: (B, 3 V, H, W), the landmarks' own maps, of the first stride.
 
         Returns:
             The moved landmarks (N, V, 2), and their quality (N, K) as logits: that of
@@ -91,9 +103,38 @@ class PolishStep(nn.Module):
             dim=2,
         )
         tokens = self.appearance(sampled) + self.place(place.to(sampled)) + self.identity
+        unit = DISPLACEMENT_UNIT * size
+        if guide is not None:
+            heat, way = sample_own(guide, self.strides[0], image, landmarks)
+            way = self.strides[0] * way / unit.to(way)
+            tokens = tokens + self.guidance(torch.cat([heat.sigmoid(), way], dim=2))
         tokens = self.norm(self.layers(tokens))
-        moves = DISPLACEMENT_UNIT * size * self.out(tokens).to(landmarks)
-        return landmarks + moves, self.quality(tokens.mean(dim=1))
+        moves = self.out(tokens)
+        if guide is not None:
+            moves = moves + self.trust(tokens).sigmoid() * way
+        return landmarks + unit * moves.to(landmarks), self.quality(tokens.mean(dim=1))
+
+
+def sample_own(
+    guide: Tensor, stride: int, image: Tensor, landmarks: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What the maps of each landmark say at its place.
+
+    Args:
+        guide: (B, 3 V, H, W), see :class:`.LandmarkMaps`.
+        stride: of the maps.
+        image: (N,), in which image the points are.
+        landmarks: (N, V, 2).
+
+    Returns:
+        Logits (N, V, 1), and displacements (N, V, 2) in cells.
+    """
+    num_landmarks = landmarks.shape[1]
+    numbers = torch.arange(num_landmarks, device=image.device)
+    maps = guide.unflatten(1, (num_landmarks, 3)).flatten(0, 1)
+    number = (image[:, None] * num_landmarks + numbers).flatten()
+    sampled = sample_features(maps, stride, number, landmarks.flatten(0, 1)[:, None])
+    return sampled.view(-1, num_landmarks, 3).tensor_split([1], dim=2)
 
 
 class LandmarkPolish(nn.Module):
@@ -107,15 +148,20 @@ class LandmarkPolish(nn.Module):
         num_classes: int,
         *,
         num_steps: int = 1,
+        maps: LandmarkMaps | None = None,
     ) -> None:
         """
         Args:
             num_landmarks, in_channels, strides, num_classes: see :class:`PolishStep`.
             num_steps: at least 1.
+            maps: what the branch teaches the first of the feature maps; None: nothing.
         """
         super().__init__()
+        self.maps = maps
+        self.guided = maps is not None and maps.guides
         self.steps = nn.ModuleList(
-            PolishStep(num_landmarks, in_channels, strides, num_classes) for _ in range(num_steps)
+            PolishStep(num_landmarks, in_channels, strides, num_classes, guided=self.guided)
+            for _ in range(num_steps)
         )
 
     def forward(
@@ -129,18 +175,49 @@ class LandmarkPolish(nn.Module):
             The landmarks after each step and their quality. No gradient flows from a step to those
             before.
         """
+        guide = self.maps(features[0]) if self.guided else None
         moved = []
         for step in self.steps:
-            moved.append(step(features, image, landmarks))
+            moved.append(step(features, image, landmarks, guide))
             landmarks = moved[-1][0].detach()
         return moved
 
 
+class Polish(nn.Module):
+    """The third stage of all branches.
+
+    Attributes:
+        branches: a :class:`LandmarkPolish` for each, by its name.
+    """
+
+    def __init__(
+        self, in_features: Sequence[str], channels: int, branches: Mapping[str, LandmarkPolish]
+    ) -> None:
+        """
+        Args:
+            in_features: names of the feature maps that are looked at, finest first.
+            channels: of the finest, a multiple of 32.
+            branches: see the class. Where any of them has maps, they are made from the finest
+                features after some convolutions, and these are looked at.
+        """
+        super().__init__()
+        self.in_features = list(in_features)
+        self.branches = nn.ModuleDict(branches)
+        taught = any(branch.maps is not None for branch in branches.values())
+        self.convs = nn.Sequential(
+            *[ConvNormAct(channels, channels) for _ in range(_NUM_CONVS if taught else 0)]
+        )
+
+    def features(self, features: Mapping[str, Tensor]) -> list[Tensor]:
+        """The maps to look at, each (B, C, H, W), from those of the backbone."""
+        finest, *others = (features[name] for name in self.in_features)
+        return [self.convs(finest), *others]
+
+
 def build_polish(
     cfg: CfgNode, shapes: Mapping[str, ShapeSpec], branches: list[LandmarkBranch]
-) -> nn.ModuleDict | None:
-    """A :class:`LandmarkPolish` for each branch, by its name; None without
-    ``MODEL.LSNET.POLISH_IN_FEATURES``.
+) -> Polish | None:
+    """None without ``MODEL.LSNET.POLISH_IN_FEATURES``.
 
     Args:
         shapes: of the backbone's features.
@@ -149,32 +226,33 @@ def build_polish(
         ValueError: the backbone has no such feature, there is no step, or the share of the
             quality is none; the message names the key.
     """
-    names = list(cfg.MODEL.LSNET.POLISH_IN_FEATURES)
+    node = cfg.MODEL.LSNET
+    names = list(node.POLISH_IN_FEATURES)
     if not names:
         return None
     if set(names) - set(shapes):
         raise ValueError(
             f"MODEL.LSNET.POLISH_IN_FEATURES is {names}; the backbone has {', '.join(shapes)}"
         )
-    num_steps = cfg.MODEL.LSNET.POLISH_STEPS
-    if num_steps < 1:
-        raise ValueError(f"MODEL.LSNET.POLISH_STEPS is {num_steps}; it must be positive")
-    if not 0 <= cfg.MODEL.LSNET.QUALITY_SHARE_TEST <= 1:
+    if node.POLISH_STEPS < 1:
+        raise ValueError(f"MODEL.LSNET.POLISH_STEPS is {node.POLISH_STEPS}; it must be positive")
+    if not 0 <= node.QUALITY_SHARE_TEST <= 1:
         raise ValueError(
-            f"MODEL.LSNET.QUALITY_SHARE_TEST is {cfg.MODEL.LSNET.QUALITY_SHARE_TEST}; it must be "
-            "from 0 to 1"
+            f"MODEL.LSNET.QUALITY_SHARE_TEST is {node.QUALITY_SHARE_TEST}; it must be from 0 to 1"
         )
-    channels = sum(shapes[name].channels for name in names)
-    strides = [shapes[name].stride for name in names]
-    return nn.ModuleDict(
+    finest = shapes[names[0]]
+    return Polish(
+        names,
+        finest.channels,
         {
             branch.name: LandmarkPolish(
                 branch.num_landmarks,
-                channels,
-                strides,
-                cfg.MODEL.LSNET.NUM_CLASSES,
-                num_steps=num_steps,
+                sum(shapes[name].channels for name in names),
+                [shapes[name].stride for name in names],
+                node.NUM_CLASSES,
+                num_steps=node.POLISH_STEPS,
+                maps=branch.build_maps(cfg, finest.channels, finest.stride),
             )
             for branch in branches
-        }
+        },
     )

@@ -9,13 +9,15 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
-from torch import Tensor, nn
+from torch import Tensor
 
 from .assigners import pairwise_iou_inverted
 from .distributed import mean_over_workers
 from .head import HeadOutput
-from .landmarks import LandmarkTargets
+from .landmarks import LandmarkBranch, LandmarkTargets
+from .maps import known_cells
 from .points import AnchorPoints
+from .polish import LandmarkPolish, Polish
 from .samples import BranchSamples, GroundTruth, Matches
 
 
@@ -61,7 +63,7 @@ class PolishCriterion:
         samples: list[BranchSamples],
         background: Tensor,
         truth: GroundTruth,
-        polish: nn.ModuleDict,
+        polish: Polish,
         fine: list[Tensor],
     ) -> dict[str, Tensor]:
         """Losses by name, each a scalar with its weight.
@@ -69,7 +71,7 @@ class PolishCriterion:
         Args:
             samples: of each branch, in the refine stage, from whose landmarks the third goes on.
             background: (B, A) bool, points that are no object's and in no region that is ignored.
-            polish: the third stage, by name of the branch.
+            polish: the third stage.
             fine: the feature maps that it looks at.
         """
         decoys = self.find_decoys(points, predictions, samples[0], background, truth)
@@ -81,7 +83,43 @@ class PolishCriterion:
             known = decoys[_teaching(decoys, found.targets)]
             vectors = dense[known.image, known.point].to(found.vectors)
             losses |= self.branch_losses(
-                points, found, known, vectors, classes, polish[found.branch.name], fine
+                points, found, known, vectors, classes, polish.branches[found.branch.name], fine
+            )
+        return losses
+
+    @staticmethod
+    def map_losses(
+        branches: list[LandmarkBranch],
+        truth: GroundTruth,
+        image_sizes: list[tuple[int, int]],
+        polish: Polish,
+        feature: Tensor,
+    ) -> dict[str, Tensor]:
+        """Losses of the maps by name, each a scalar with its weight.
+
+        Args:
+            image_sizes: (height, width) of each image.
+            feature: (B, C, H, W), the finest features of the third stage.
+        """
+        losses = {}
+        boxes = [target.boxes for target in truth.targets[0]]
+        for branch, targets in zip(branches, truth.targets, strict=True):
+            maps = polish.branches[branch.name].maps
+            if maps is None:
+                continue
+            unknown = [
+                branch.unknown(target, classes)
+                for target, classes in zip(targets, truth.classes, strict=True)
+            ]
+            ignored = [
+                torch.cat([regions, own[without]])
+                for regions, own, without in zip(truth.regions, boxes, unknown, strict=True)
+            ]
+            losses |= maps.losses(
+                feature,
+                [target[target.present] for target in targets],
+                [c[t.present] for c, t in zip(truth.classes, targets, strict=True)],
+                known_cells(tuple(feature.shape[-2:]), maps.stride, image_sizes, ignored),
             )
         return losses
 
@@ -126,7 +164,7 @@ class PolishCriterion:
         decoys: Matches,
         decoy_vectors: Tensor,
         classes: Tensor,
-        polish: nn.Module,
+        polish: LandmarkPolish,
         fine: list[Tensor],
     ) -> dict[str, Tensor]:
         """Losses of a branch: means over the steps of the third stage.

@@ -61,8 +61,8 @@ def tables(rows: list[Row]) -> str:
             if not known:
                 continue
             text += [
-                f"| {group}: {TITLES[kind]} | runs | iterations | s / iteration | minutes | MiB | M parameters | "
-                f"{' | '.join(FIGURES)} |",
+                f"| {group}: {TITLES[kind]} | runs | iterations | s / iteration | minutes | MiB | "
+                f"M parameters | {' | '.join(FIGURES)} |",
                 "|" + " --- |" * (7 + len(FIGURES)),
                 *(_line(name, runs, kind) for name, runs in known.items()),
                 "",

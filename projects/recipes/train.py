@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""As tools/train_net.py in one process, with the model's size and the peak of memory among the metrics.
+"""As tools/train_net.py in one process; metrics have the model's size and the peak of memory.
 
 A training whose loss or weights are no numbers any more ends with a status of its own, which
 ``runs.py`` knows.

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from tiny_model import make_input, tiny_model
 
 from lsnet_d2.modeling import outlines
+from lsnet_d2.modeling.landmarks import LandmarkTargets, span_boxes
+from lsnet_d2.modeling.maps import known_cells
 from lsnet_d2.modeling.outlines import (
     OutlineMaps,
     cells_inside,
@@ -89,14 +91,16 @@ def test_no_outlines():
 
 def square_losses(ignored, covering=0.0, displacement=(0.0, 0.0), image=(32, 32)):
     """Of constant maps, and a square of three by three cells within eight by eight."""
-    maps = OutlineMaps(64, 2, 4)
+    maps = OutlineMaps(channels=64, num_classes=2, stride=4, loss_weights=(1.0, 1.0))
     for layer, value in ((maps.covering, [covering] * 2), (maps.displacement, displacement)):
         torch.nn.init.zeros_(layer.weight)
         layer.bias.data.copy_(torch.tensor(value))
     square = torch.tensor([[[10.0, 10.0], [10.0, 22.0], [22.0, 22.0], [22.0, 10.0]]])
     feature = torch.zeros(1, 64, 8, 8)
     regions = torch.tensor(ignored).view(-1, 4)
-    losses = maps.losses(feature, [image], [square], [torch.tensor([1])], [regions])
+    known = known_cells((8, 8), 4, [image], [regions])
+    targets = [LandmarkTargets.make(square, span_boxes(square))]
+    losses = maps.losses(feature, targets, [torch.tensor([1])], known)
     return {name: loss.item() for name, loss in losses.items()}
 
 
@@ -126,7 +130,9 @@ def test_maps_teach_the_features_of_the_third_stage():
     with EventStorage():
         losses = model([make_input(BOXES, [0, 1, 2]), make_input([], [])])
     (losses["loss_covering"] + losses["loss_outline"]).backward()
-    for parameter in (*model.outlines.parameters(), model.backbone.stem.weight):
+    (branch,) = model.polish.branches.values()
+    taught = (*model.polish.convs.parameters(), *branch.maps.parameters())
+    for parameter in (*taught, model.backbone.stem.weight):
         assert parameter.grad.isfinite().all() and parameter.grad.abs().max() > 0
 
 
@@ -138,36 +144,35 @@ def test_objects_without_contours_are_not_background():
     ).train()
     seen = {}
 
-    def losses(feature, image_sizes, contours, classes, ignored):
-        seen.update(contours=contours, classes=classes, ignored=ignored)
+    def losses(feature, targets, classes, known):
+        seen.update(contours=targets[0].landmarks, classes=classes[0], known=known[0])
         return {"loss_covering": feature.sum(), "loss_outline": feature.sum()}
 
-    model.outlines.losses = losses
+    model.polish.branches["segm"].maps.losses = losses
     image = make_input(BOXES, [0, 1, 2])
     image["instances"].gt_contours[1] = torch.nan
     image["ignore_boxes"] = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
     with EventStorage():
         model([image])
-    assert seen["classes"][0].tolist() == [0, 2]
-    assert len(seen["contours"][0]) == 2
-    assert seen["ignored"][0].tolist() == [[1, 2, 3, 4], BOXES[1]]
+    assert seen["classes"].tolist() == [0, 2]
+    assert len(seen["contours"]) == 2
+    regions = torch.tensor([[1.0, 2, 3, 4], BOXES[1]])
+    size = image["image"].shape[1:]
+    expected = known_cells(seen["known"].shape, 8, [size], [regions])[0]
+    assert (seen["known"] == expected).all() and not seen["known"].all()
 
 
 def test_nothing_is_computed_of_the_maps_at_test_time():
     model = tiny_model(**LSNET).eval()
-    model.outlines.covering.forward = model.outlines.displacement.forward = None
+    maps = model.polish.branches["segm"].maps
+    maps.covering.forward = maps.displacement.forward = None
     with torch.no_grad():
         model([make_input([], [])])
 
 
-@pytest.mark.parametrize(
-    "change", [{"TASK": "bbox"}, {"POLISH_IN_FEATURES": []}, {"OUTLINE_MAPS": False}]
-)
+@pytest.mark.parametrize("change", [{"TASK": "bbox"}, {"OUTLINE_MAPS": False}])
 def test_what_maps_need(change):
-    assert tiny_model(**LSNET).outlines is not None
-    assert tiny_model(**{**LSNET, **change}).outlines is None
-
-
-def test_weights_of_the_maps():
-    with pytest.raises(ValueError, match=r"OUTLINE_LOSS_WEIGHTS is \[1.0\]"):
-        tiny_model(**LSNET, OUTLINE_LOSS_WEIGHTS=[1.0])
+    assert len(tiny_model(**LSNET).polish.convs) == 2
+    polish = tiny_model(**{**LSNET, **change}).polish
+    assert all(branch.maps is None for branch in polish.branches.values())
+    assert len(polish.convs) == 0

@@ -80,7 +80,7 @@ def test_no_gradient_reaches_the_stages_before():
     losses = losses_of(model, [make_input(BOXES, [0, 1, 2])])
     losses["loss_segm_polish"].backward()
     assert all(parameter.grad is None for parameter in model.head.parameters())
-    assert all(step.out.weight.grad.abs().max() > 0 for step in model.polish["segm"].steps)
+    assert all(step.out.weight.grad.abs().max() > 0 for step in model.polish.branches["segm"].steps)
 
 
 def test_images_without_objects_keep_all_parameters_in_the_graph():
@@ -122,7 +122,7 @@ def test_detections_are_moved_and_their_boxes_follow():
     inputs = [make_input(BOXES, [0, 1, 2])]
     with torch.no_grad():
         (plain,) = model(inputs)
-        for step in model.polish["bbox"].steps:
+        for step in model.polish.branches["bbox"].steps:
             step.out.bias += torch.tensor([0.2, 0.0])
         (moved,) = model(inputs)
     plain, moved = plain["instances"], moved["instances"]
@@ -147,7 +147,7 @@ def test_scores_join_class_and_quality():
     model = detecting_model(NMS_THRESH_TEST=1.0)
     of_class = torch.tensor([1.0, 0.9, 0.8])
     for branch, quality in (("bbox", 0.5), ("segm", 0.25), ("pose", 0.125)):
-        (step,) = model.polish[branch].steps
+        (step,) = model.polish.branches[branch].steps
         torch.nn.init.zeros_(step.quality.weight)
         step.quality.bias.data.copy_(torch.logit(quality * of_class))
     inputs = [make_input(BOXES, [0, 1, 2])]
@@ -176,8 +176,8 @@ def test_detections_that_meet_are_one():
             return [(landmarks[:1].expand_as(landmarks), torch.zeros(len(landmarks), 3))]
 
     with torch.no_grad():
-        for name in model.polish:
-            model.polish[name] = Meeting()
+        for name in model.polish.branches:
+            model.polish.branches[name] = Meeting()
         (found,) = model([make_input(BOXES, [0, 1, 2])])
     classes = found["instances"].pred_classes.tolist()
     assert len(classes) == len(set(classes)) > 1

@@ -12,6 +12,7 @@ def row(seed=1, ap=40.0, *, name="LSNet", point=(), **kwargs):
         **{"group": "masks", "name": name, "point": dict(point), "seed": seed, "diverged": False},
         **{"iterations": 1500, "step_seconds": 0.4, "peak_memory": 2048.0, "jobs": 1},
         **{"scores": scores, "version": {**vars(VERSION), "key": VERSION.key}, "folder": "f"},
+        "parameters": 2_345_678,
     }
     return runs.Row(**{**values, **kwargs})
 
@@ -27,7 +28,7 @@ def lines(text, start):
 def test_tables_have_means_and_deviations():
     text = report.tables([row(1, 40.0), row(2, 43.0, peak_memory=4096.0)])
     assert lines(text, "| LSNet") == [
-        "| LSNet | 2 | 1,500 | 0.400 ± 0.000 | 10.0 ± 0.0 | 4,096 "
+        "| LSNet | 2 | 1,500 | 0.400 ± 0.000 | 10.0 ± 0.0 | 4,096 | 2.3 "
         "| 41.5 ± 2.1 | 50.0 ± 0.0 | 50.0 ± 0.0 | 50.0 ± 0.0 | 50.0 ± 0.0 |  |"
     ]
     assert lines(text, "| masks: masks | runs | iterations | s / iteration")
@@ -35,12 +36,12 @@ def test_tables_have_means_and_deviations():
 
 def test_a_deviation_takes_two_runs_and_times_of_several_at_once_are_marked():
     (line,) = lines(report.tables([row(jobs=4)]), "| LSNet")
-    assert line.startswith("| LSNet | 1 | 1,500 | 0.400\\* | 10.0\\* | 2,048 | 40.0 | 50.0 |")
+    assert line.startswith("| LSNet | 1 | 1,500 | 0.400\\* | 10.0\\* | 2,048 | 2.3 | 40.0 | 50.0 |")
 
 
 def test_runs_that_diverged_are_counted_and_have_no_part_in_means():
     (line,) = lines(report.tables([row(1), diverged(2)]), "| LSNet")
-    assert line.startswith("| LSNet | 1, 1 diverged | 1,500 | 0.400 | 10.0 | 2,048 | 40.0 |")
+    assert line.startswith("| LSNet | 1, 1 diverged | 1,500 | 0.400 | 10.0 | 2,048 | 2.3 | 40.0 |")
     assert "LSNet: every run diverged" in report.tables([diverged(1), diverged(2)])
 
 
