@@ -49,14 +49,26 @@ class NonFiniteWeightsError(TrainingError):
     """A weight, or a statistic of batch norm, is infinite or not a number."""
 
 
-class DeadWorkerError(TrainingError):
+class DeadWorkerError(UserError):
     """A process that loads images has ended."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(
             f"a process that loads images has ended ({reason}). There may be too little memory: "
-            "try a lower DATALOADER.NUM_WORKERS. --resume goes on from the last checkpoint"
+            "try a lower DATALOADER.NUM_WORKERS"
         )
+
+    @classmethod
+    def find(cls, error: BaseException) -> "DeadWorkerError | None":
+        """The error that ``error`` is, or that torch means by it.
+
+        Torch raises it anywhere, whatever the main process is doing.
+        """
+        if isinstance(error, cls):
+            return error
+        if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid"):
+            return cls(one_line(error).partition(" It is possible")[0])
+        return None
 
 
 class NonFiniteLossError(TrainingError):
@@ -98,7 +110,8 @@ class NonFiniteLossError(TrainingError):
 def exit_on_user_error(*errors: type[Exception]) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Decorator of a tool's entry: a user error becomes one line on stderr and exit status 2.
 
-    So does what the system refuses: a full disk, missing permissions, a read-only file system.
+    So does what the system refuses: a full disk, missing permissions, a read-only file system; and
+    the end of a process that loads images.
 
     Args:
         errors: classes that count as user errors besides :class:`UserError`.
@@ -116,6 +129,11 @@ def exit_on_user_error(*errors: type[Exception]) -> Callable[[Callable[P, T]], C
                 if error.errno not in _REFUSALS:
                     raise
                 print(f"error: {system_message(error)}", file=sys.stderr)
+                sys.exit(2)
+            except RuntimeError as error:
+                if not (dead := DeadWorkerError.find(error)):
+                    raise
+                print(f"error: {dead}", file=sys.stderr)
                 sys.exit(2)
 
         return run

@@ -69,11 +69,10 @@ class StoppableTrainer(TrainerBase):
 
 
 def _as_user_error(error: BaseException, iteration: int) -> BaseException:
-    # of torch, which may raise it anywhere, whatever the main process is doing
-    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid"):
-        error = DeadWorkerError(one_line(error).partition(" It is possible")[0])
-    if isinstance(error, DeadWorkerError):
-        return TrainingError(f"iteration {iteration}: {error}")
+    if dead := DeadWorkerError.find(error):
+        return TrainingError(
+            f"iteration {iteration}: {dead}. --resume goes on from the last checkpoint"
+        )
     # of Detectron2's region proposals
     if isinstance(error, FloatingPointError) and "Training has diverged" in str(error):
         return TrainingError(

@@ -37,3 +37,20 @@ def test_what_the_system_refuses_is_one_line(capsys):
     )
     with pytest.raises(FileNotFoundError):  # a bug: files of users are asked for before
         main(FileNotFoundError(errno.ENOENT, "No such file or directory", "a.png"))
+
+
+def test_a_dead_worker_is_one_line(capsys):
+    @exit_on_user_error()
+    def main(error):
+        raise error
+
+    dead = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. It is possible ...")
+    with pytest.raises(SystemExit) as exit_info:
+        main(dead)
+    assert exit_info.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: a process that loads images has ended (DataLoader worker (pid 7) is killed by "
+        "signal: Killed.). There may be too little memory: try a lower DATALOADER.NUM_WORKERS\n"
+    )
+    with pytest.raises(RuntimeError, match="another"):
+        main(RuntimeError("another"))
