@@ -36,6 +36,10 @@ def add_lsnet_config(cfg: CN) -> None:
     cfg.MODEL.LSNET.NUM_CONVS = 3
     # Score that every class has before training (bias of the classifier).
     cfg.MODEL.LSNET.PRIOR_PROB = 0.01
+    # Whether the refine stage and the classes sample features at the initial landmarks, on three
+    # levels of the pyramid. False: they see their own surroundings alone, in much less time; a
+    # third stage still samples, at the points that matter.
+    cfg.MODEL.LSNET.REFINE_SAMPLING = True
     # Scaling of the sampling offsets between pyramid levels. False: every level scales them once.
     # True: as in the released code, where the scale factors pile up over the three levels; its
     # checkpoints need it (docs/reference_notes.md).

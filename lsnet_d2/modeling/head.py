@@ -37,29 +37,35 @@ class HeadOutput:
     corners: CornerOutput | None = None
 
 
-class SampledPredictor(nn.Module):
-    """Predictions from features sampled on three levels, joined by the point's own surroundings.
+class RefinePredictor(nn.Module):
+    """Predictions from the point's own surroundings and, if sampled, from three levels.
 
     The samples of the three levels are fused by a 1x1 convolution and added to a 3x3 convolution
     of the own level (released code: af_dcn_conv, feat_conv).
     """
 
-    def __init__(self, in_channels: int, channels: int, out_channels: int) -> None:
+    def __init__(
+        self, in_channels: int, channels: int, out_channels: int, *, sampled: bool = True
+    ) -> None:
         super().__init__()
-        self.sample = PyramidDeformConv(in_channels, channels)
-        self.fuse = same_conv(SOURCES_PER_LEVEL * channels, channels, 1)
+        self.sample = self.fuse = None
+        if sampled:
+            self.sample = PyramidDeformConv(in_channels, channels)
+            self.fuse = same_conv(SOURCES_PER_LEVEL * channels, channels, 1)
         self.local = same_conv(in_channels, channels, 3)
         self.norm = nn.GroupNorm(GROUPS, channels)
         self.out = same_conv(channels, out_channels, 1)
 
-    def forward(self, features: list[Tensor], grid: PyramidGrid) -> Tensor:
+    def forward(self, features: list[Tensor], grid: PyramidGrid | None) -> Tensor:
         """Per level (B, in_channels, H, W) to (B, A, out_channels)."""
-        outputs = []
-        levels = unflatten_levels(self.sample(features, grid), grid.sizes)
-        for feature, sampled in zip(features, levels, strict=True):
-            joined = F.relu(self.fuse(sampled)) + self.local(feature)
-            outputs.append(self.out(F.relu(self.norm(joined))))
-        return flatten_levels(outputs)
+        joined = [self.local(feature) for feature in features]
+        if self.sample is not None:
+            levels = unflatten_levels(self.sample(features, grid), grid.sizes)
+            joined = [
+                F.relu(self.fuse(sampled)) + own
+                for sampled, own in zip(levels, joined, strict=True)
+            ]
+        return flatten_levels([self.out(F.relu(self.norm(level))) for level in joined])
 
 
 class BranchLayers(nn.Module):
@@ -73,10 +79,12 @@ class BranchLayers(nn.Module):
         kind: str,
         *,
         extra_channels: int = 0,
+        sampled: bool = True,
     ) -> None:
         """
         Args:
             extra_channels: that the refine stage gets besides those of the tower.
+            sampled: whether it samples at the initial landmarks.
         """
         super().__init__()
         self.branch = branch
@@ -85,7 +93,9 @@ class BranchLayers(nn.Module):
         self.init_conv = same_conv(channels, channels, 3)
         # Free sampling points are predicted as (y, x), after the vectors.
         self.init_out = same_conv(channels, self.vector_channels + 2 * branch.num_free_points, 1)
-        self.refine = SampledPredictor(channels + extra_channels, channels, self.vector_channels)
+        self.refine = RefinePredictor(
+            channels + extra_channels, channels, self.vector_channels, sampled=sampled
+        )
 
     def initial(self, features: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Initial vectors (B, A, V + 1, 4), and sampling points (B, A, 9, 2) as x, y, in cells."""
@@ -95,7 +105,7 @@ class BranchLayers(nn.Module):
         free = free.unflatten(2, (self.branch.num_free_points, 2)).flip(-1)
         return vectors, self.branch.sampling_points(vectors, free)
 
-    def refined(self, features: list[Tensor], grid: PyramidGrid, vectors: Tensor) -> Tensor:
+    def refined(self, features: list[Tensor], grid: PyramidGrid | None, vectors: Tensor) -> Tensor:
         """Refined vectors (B, A, V + 1, 4): a residual on the initial ones."""
         residual = self.refine(features, grid).view_as(vectors)
         return F.softplus(residual + vectors.detach())
@@ -119,6 +129,7 @@ class LSNetHead(nn.Module):
         tower_conv: str = "dcn",
         num_convs: int = 3,
         prior_prob: float = 0.01,
+        sampling: bool = True,
         reference_offsets: bool = False,
         offset_gradient_mul: float = 0.1,
     ) -> None:
@@ -131,6 +142,7 @@ class LSNetHead(nn.Module):
             tower_conv: "dcn" or "conv".
             num_convs: convolutions of each tower.
             prior_prob: score of every class before training.
+            sampling: whether the refine stage and the classes sample at the initial landmarks.
             reference_offsets: see :class:`~lsnet_d2.layers.PyramidGrid`.
             offset_gradient_mul: factor on the gradient from sampling places to initial vectors.
         """
@@ -141,15 +153,23 @@ class LSNetHead(nn.Module):
                 f"the head needs a larger multiple of {GROUPS} channels "
                 f"(MODEL.FPN.OUT_CHANNELS), got {in_channels}"
             )
+        self.sampling = sampling
         self.reference_offsets = reference_offsets
         self.offset_gradient_mul = offset_gradient_mul
         self.cls_tower = Tower(in_channels, num_convs, tower_conv)
         extra = EVIDENCE_CHANNELS if corners else 0
-        self.cls_predictor = SampledPredictor(in_channels + extra, in_channels, num_classes)
+        self.cls_predictor = RefinePredictor(
+            in_channels + extra, in_channels, num_classes, sampled=sampling
+        )
         self.branches = nn.ModuleDict()
         for branch in branches:
             self.branches[branch.name] = BranchLayers(
-                branch, in_channels, num_convs, tower_conv, extra_channels=extra
+                branch,
+                in_channels,
+                num_convs,
+                tower_conv,
+                extra_channels=extra,
+                sampled=sampling,
             )
             extra = 0
         self.corners = corners
@@ -172,6 +192,7 @@ class LSNetHead(nn.Module):
             "tower_conv": cfg.MODEL.LSNET.TOWER_CONV,
             "num_convs": cfg.MODEL.LSNET.NUM_CONVS,
             "prior_prob": cfg.MODEL.LSNET.PRIOR_PROB,
+            "sampling": cfg.MODEL.LSNET.REFINE_SAMPLING,
             "reference_offsets": cfg.MODEL.LSNET.REFERENCE_OFFSETS,
             "offset_gradient_mul": cfg.MODEL.LSNET.OFFSET_GRADIENT_MUL,
         }
@@ -180,7 +201,7 @@ class LSNetHead(nn.Module):
         """Per-level features (B, C, H, W), finest first."""
         sizes = [tuple(feature.shape[-2:]) for feature in features]
         init, refine = [], []
-        corners = context = None
+        corners = context = grid = None
         for layers in self.branches.values():
             branch_features = sampled = layers.tower(features)
             if self.corners is not None and corners is None:  # the first branch
@@ -189,7 +210,8 @@ class LSNetHead(nn.Module):
                 sampled = context.join(branch_features)
             vectors, points = layers.initial(branch_features)
             points = points.detach().lerp(points, self.offset_gradient_mul)
-            grid = PyramidGrid(points, sizes, reference_offsets=self.reference_offsets)
+            if self.sampling:
+                grid = PyramidGrid(points, sizes, reference_offsets=self.reference_offsets)
             init.append(vectors)
             refine.append(layers.refined(sampled, grid, vectors))
         cls_features = self.cls_tower(features)

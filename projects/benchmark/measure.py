@@ -23,7 +23,7 @@ from torch import nn
 from lsnet_d2.export import DetectingModule, export_onnx, load_onnx
 from lsnet_d2.modeling import LSNet
 from lsnet_d2.modeling.blocks import Tower
-from lsnet_d2.modeling.head import SampledPredictor
+from lsnet_d2.modeling.head import RefinePredictor
 
 ROOT = Path(__file__).resolve().parents[2]
 # What is exported besides the LSNet of the benchmark.
@@ -137,7 +137,7 @@ def stages(model: LSNet, inputs: list[dict], device: torch.device = CPU) -> dict
     for module in model.head.modules():
         if isinstance(module, Tower):
             clock.watch("towers", module)
-        elif isinstance(module, SampledPredictor):
+        elif isinstance(module, RefinePredictor):
             clock.watch("predictors", module)
             clock.watch("samplers", module.sample)
     for layers in model.head.branches.values():

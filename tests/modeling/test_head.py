@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lsnet_d2.layers import ModulatedDeformConv
+from lsnet_d2.layers import ModulatedDeformConv, PyramidDeformConv
 from lsnet_d2.modeling.branches import ExtremeBranch
 from lsnet_d2.modeling.head import LSNetHead
 
@@ -65,6 +65,20 @@ def test_refinement_is_a_residual_without_gradient_to_the_initial_vectors():
     out.refine[0].sum().backward()
     assert head.branches["bbox"].init_out.weight.grad.abs().sum() == 0
     assert head.branches["bbox"].refine.out.weight.grad.abs().sum() > 0
+
+
+def test_without_sampling_a_point_sees_its_surroundings_alone():
+    head = make_head(tower_conv="conv", num_convs=1, sampling=False).eval()
+    assert not any(isinstance(module, PyramidDeformConv) for module in head.modules())
+    features = make_features(images=1)
+    for feature in features:
+        feature.requires_grad_()
+    out = head(features)
+    assert out.refine[0].shape == (1, NUM_POINTS, 5, 4)
+    # The middle of the first level, through group norms of that level.
+    (out.logits[0, 6 * 16 + 8].sum() + out.refine[0][0, 6 * 16 + 8].sum()).backward()
+    assert features[0].grad.abs().max() > 0
+    assert all(feature.grad is None or not feature.grad.any() for feature in features[1:])
 
 
 def test_offset_gradient_is_scaled():

@@ -69,7 +69,7 @@ def test_report(config_file):
     arguments = ["--config-file", config_file, "--size", 64, 96, "--depth", 2, "--structure"]
     result = run_tool("analyze_model.py", *arguments)
     assert result.returncode == 0, result.stderr
-    assert "(cls_predictor): SampledPredictor(" in result.stdout
+    assert "(cls_predictor): RefinePredictor(" in result.stdout
     assert re.search(r"\| head.cls_predictor +\| \S+ +\| \S+ +\| \S+ +\|", result.stdout)
     assert "head.cls_predictor.sample" not in result.stdout.partition("#parameters")[2]
     with torch.no_grad():
