@@ -67,11 +67,12 @@ def add_lsnet_config(cfg: CN) -> None:
     # of each cell the classes that cover it, and where the nearest outline is.
     cfg.MODEL.LSNET.OUTLINE_MAPS = True
     # Where there are keypoints, likewise: which are in a cell, and where the nearest of each kind
-    # is. The third stage reads these maps at its landmarks, in tests too.
+    # is. The third stage reads these maps at its landmarks.
     cfg.MODEL.LSNET.KEYPOINT_MAPS = True
 
-    # It also predicts how good its landmarks are, as those of each class. Scores of detections are
-    # the class's to the power of 1 - share, times the predicted quality to the power of this share.
+    # The third stage also predicts how good its landmarks are, as those of each class. Scores of
+    # detections are the class's to the power of 1 - share, times the predicted quality to the power
+    # of this share.
     cfg.MODEL.LSNET.QUALITY_SHARE_TEST = 0.3
 
     # --- targets and losses

@@ -67,7 +67,7 @@ class DeadWorkerError(UserError):
         if isinstance(error, cls):
             return error
         if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid"):
-            return cls(one_line(error).partition(" It is possible")[0])
+            return cls(one_line(error).partition(" It is possible")[0].rstrip("."))
         return None
 
 

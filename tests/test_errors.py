@@ -50,7 +50,7 @@ def test_a_dead_worker_is_one_line(capsys):
     assert exit_info.value.code == 2
     assert capsys.readouterr().err == (
         "error: a process that loads images has ended (DataLoader worker (pid 7) is killed by "
-        "signal: Killed.). There may be too little memory: try a lower DATALOADER.NUM_WORKERS\n"
+        "signal: Killed). There may be too little memory: try a lower DATALOADER.NUM_WORKERS\n"
     )
     with pytest.raises(RuntimeError, match="another"):
         main(RuntimeError("another"))

@@ -128,7 +128,7 @@ def test_failure_at_the_end(error):
 
 def test_what_workers_report():
     dead = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. It is possible ...")
-    with pytest.raises(TrainingError, match=r"^iteration 1: a process that loads .*\(.*Killed\.\)"):
+    with pytest.raises(TrainingError, match=r"^iteration 1: a process that loads .*\(.*Killed\)"):
         Loop(nothing, fail(dead)).train(0, 2)
     with pytest.raises(TrainingError, match=r"^iteration 0: a process that loads .*\(EOFError\)"):
         Loop(fail(DeadWorkerError("EOFError"))).train(0, 1)

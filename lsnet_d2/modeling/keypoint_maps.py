@@ -10,24 +10,26 @@ Letters as in :mod:`.maps`.
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .assigners import lowest_cost
 from .blocks import same_conv, set_prior
 from .landmarks import LandmarkTargets
 from .losses import gaussian_focal_loss
-from .maps import LandmarkMaps, at_least_one, mean_of
+from .maps import LandmarkMaps, at_least_one
 
-# Deviation of the heat around a keypoint, in cells.
-_HEAT = 1.0
-# How far from a keypoint cells tell the way: a share of the object's size, at least so many cells.
-_REACH, _LEAST_REACH = 0.15, 2.0
+# Deviation of the heat around a keypoint, and from where on there is none, in cells.
+_HEAT, _COLD = 1.0, 4
+# How far from a keypoint cells tell the way: a share of the object's size, within limits in cells.
+_REACH = 0.15
+_REACHES = 2.0, 8.0
 _HEAT_BEFORE_TRAINING = 0.02
 
 
 class KeypointMaps(LandmarkMaps):
     key = "KEYPOINT_MAPS"
     loss_names = ("loss_heat", "loss_way")
-    guides = True
+    per_landmark = True
 
     def __init__(
         self, *, channels: int, num_keypoints: int, stride: int, loss_weights: Sequence[float]
@@ -44,11 +46,20 @@ class KeypointMaps(LandmarkMaps):
         self.heat = same_conv(channels, num_keypoints, 1)
         self.displacement = same_conv(channels, 2 * num_keypoints, 1)
         set_prior(self.heat, _HEAT_BEFORE_TRAINING)
+        nn.init.zeros_(self.displacement.weight)
 
-    def forward(self, feature: Tensor) -> Tensor:
-        heat = self.heat(feature).unsqueeze(2)
-        displacement = self.displacement(feature).unflatten(1, (self.num_keypoints, 2))
-        return torch.cat([heat, displacement], dim=2).flatten(1, 2)
+    def read(self, sampled: Tensor) -> tuple[Tensor, Tensor]:
+        heat, way = (
+            torch.einsum("nvc,vkc->nvk", sampled, weight) + bias
+            for weight, bias in (
+                (
+                    layer.weight.view(self.num_keypoints, -1, sampled.shape[2]),
+                    layer.bias.view(-1, k),
+                )
+                for layer, k in ((self.heat, 1), (self.displacement, 2))
+            )
+        )
+        return heat, way
 
     def errors(
         self,
@@ -57,17 +68,19 @@ class KeypointMaps(LandmarkMaps):
         classes: list[Tensor],
         known: Tensor,
     ) -> tuple[Tensor, ...]:
-        maps = self(feature).unflatten(1, (self.num_keypoints, 3))
-        heat, way = maps[:, :, 0], maps[:, :, 1:]
-        true = [keypoints_around(t, known.shape[1:], self.stride) for t in targets]
+        heat = self.heat(feature).float()
+        way = self.displacement(feature).float().unflatten(1, (self.num_keypoints, 2))
+        true = [keypoints_around(target, known.shape[1:], self.stride) for target in targets]
         true_heat, true_way, reach = (torch.stack(parts) for parts in zip(*true, strict=True))
         known = known[:, None]
         found = (gaussian_focal_loss(heat, true_heat) * known).sum()
-        away = (way - true_way).abs().sum(2) / reach.clamp(min=1)
+        near = (reach > 0) & known
+        away = (way - true_way).permute(0, 1, 3, 4, 2)[near].abs().sum(1) / reach[near]
         peaks = ((true_heat == 1) & known).sum()
-        return found / at_least_one(peaks), mean_of(away, (reach > 0) & known)
+        return found / at_least_one(peaks), away.sum() / at_least_one(near.sum())
 
 
+@torch.no_grad()
 def keypoints_around(
     targets: LandmarkTargets, size: tuple[int, int], stride: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,27 +96,39 @@ def keypoints_around(
         cells, 0 where none is within reach.
     """
     height, width = size
-    places = targets.landmarks.float() / stride
-    num_keypoints = places.shape[1]
+    num_keypoints = targets.landmarks.shape[1]
+    cells_of_kind = height * width
     sizes = (targets.boxes[:, 2:] - targets.boxes[:, :2]).norm(dim=1) / stride
-    reaches = (_REACH * sizes).clamp(min=_LEAST_REACH)
-    x = torch.arange(width, dtype=places.dtype, device=places.device)
-    y = torch.arange(height, dtype=places.dtype, device=places.device)[:, None]
-    heat = places.new_zeros(num_keypoints, height, width)
-    way = places.new_zeros(num_keypoints, 2, height, width)
-    nearness = places.new_ones(num_keypoints, height, width)  # 1: at the end of the reach
-    reach = torch.zeros_like(nearness)
-    for landmarks, visible, own in zip(places, targets.visible, reaches, strict=True):
-        right = (landmarks[:, 0, None, None] - x).expand_as(heat)
-        down = (landmarks[:, 1, None, None] - y).expand_as(heat)
-        distance = (right.square() + down.square()).masked_fill(~visible[:, None, None], torch.inf)
-        # The cell that is nearest, if it is on the map, is hot.
-        peak = (right.abs() <= 0.5) & (down.abs() <= 0.5) & visible[:, None, None]
-        gaussian = (-distance / (2 * _HEAT**2)).exp()
-        heat = torch.maximum(heat, torch.where(peak, torch.ones_like(heat), gaussian))
-        relative = distance.sqrt() / own
-        nearer = relative < nearness
-        nearness = torch.where(nearer, relative, nearness)
-        way = torch.where(nearer[:, None], torch.stack([right, down], dim=1), way)
-        reach = torch.where(nearer, own, reach)
-    return heat, way, reach
+    owner, kind = torch.nonzero(targets.visible, as_tuple=True)
+    places = targets.landmarks[owner, kind].float() / stride  # (M, 2)
+    reach = (_REACH * sizes).clamp(*_REACHES)[owner].to(places)
+    # The cells around each keypoint, up to the end of its heat and reach.
+    extent = int(max(_COLD, _REACHES[1]))
+    window = torch.arange(-extent, extent + 1, device=places.device)
+    window = torch.stack(torch.meshgrid(window, window, indexing="xy"), -1).view(-1, 2)
+    cells = places.round().long()[:, None] + window
+    number = torch.arange(len(places), device=places.device)[:, None].expand(cells.shape[:2])
+    on_map = ((cells >= 0) & (cells < cells.new_tensor([width, height]))).all(2)
+    cells, number, peak = cells[on_map], number[on_map], (window == 0).all(1).expand_as(on_map)
+    index = kind[number] * cells_of_kind + cells[:, 1] * width + cells[:, 0]
+    distance = (places[number] - cells).norm(dim=1)
+
+    gaussian = (-distance.square() / (2 * _HEAT**2)).exp() * (distance < _COLD)
+    gaussian = torch.where(peak[on_map], torch.ones_like(gaussian), gaussian)
+    heat = places.new_zeros(num_keypoints * cells_of_kind)
+    heat = heat.scatter_reduce(0, index, gaussian, "amax")
+
+    relative = distance / reach[number]
+    within = relative < 1
+    nearest = lowest_cost(len(heat), index[within], number[within], relative[within])
+    near = torch.nonzero(nearest >= 0).squeeze(1)
+    place = near % cells_of_kind
+    place = torch.stack([place % width, place // width], dim=1)
+    way, reaches = places.new_zeros(len(heat), 2), torch.zeros_like(heat)
+    way[near] = places[nearest[near]] - place
+    reaches[near] = reach[nearest[near]]
+    return (
+        heat.view(num_keypoints, height, width),
+        way.view(num_keypoints, height, width, 2).permute(0, 3, 1, 2),
+        reaches.view(num_keypoints, height, width),
+    )

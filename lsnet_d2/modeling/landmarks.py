@@ -253,7 +253,8 @@ class LandmarkBranch(ABC):
         return None
 
     def unknown(self, targets: LandmarkTargets, classes: Tensor) -> Tensor:
-        """(G,) bool: objects that have such landmarks, of which the branch learns nothing.
+        """(G,) bool: objects whose landmarks nobody labelled. What lies in their boxes is no
+        background to :class:`.LandmarkMaps`.
 
         Args:
             classes: (G,).

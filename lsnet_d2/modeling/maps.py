@@ -8,9 +8,8 @@ Letters: B images, C channels, (H, W) the size of a map, G objects, V landmarks 
 (i, j) of a map with stride s lies at x = j * s, y = i * s, as anchor points do.
 """
 
-from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -29,14 +28,13 @@ class LandmarkMaps(nn.Module):
         key: ``MODEL.LSNET.{key}`` says whether there are maps, ``{key}_LOSS_WEIGHTS`` how much each
             of their losses counts.
         loss_names: of the losses.
-        guides: whether each landmark has maps of its own, which the third stage reads, at test time
-            too. :meth:`forward` gives (B, 3 V, H, W) then: of each landmark a logit of its being in
-            the cell, and the displacement to it as x, y in cells.
+        per_landmark: whether each landmark has maps of its own. They guide the third stage, which
+            :meth:`read` s them at its landmarks, and whose loss trains them as well.
     """
 
     key: str
     loss_names: tuple[str, ...]
-    guides = False
+    per_landmark = False
 
     def __init__(self, stride: int, loss_weights: Sequence[float]) -> None:
         """
@@ -57,7 +55,7 @@ class LandmarkMaps(nn.Module):
         self.loss_weights = loss_weights
 
     @classmethod
-    def build(cls, cfg: CfgNode, **kwargs: Any) -> Self | None:
+    def build(cls, cfg: CfgNode, **kwargs: Any) -> "LandmarkMaps | None":
         """The maps, if the config wants them.
 
         Args:
@@ -75,11 +73,10 @@ class LandmarkMaps(nn.Module):
         known: Tensor,
     ) -> dict[str, Tensor]:
         """The losses by name, each with its weight; arguments as of :meth:`errors`."""
-        errors = self.errors(feature.float(), targets, classes, known)
+        errors = self.errors(feature, targets, classes, known)
         entries = zip(self.loss_names, self.loss_weights, errors, strict=True)
         return {name: weight * error for name, weight, error in entries}
 
-    @abstractmethod
     def errors(
         self,
         feature: Tensor,
@@ -95,6 +92,20 @@ class LandmarkMaps(nn.Module):
             classes: per image (G,), theirs.
             known: (B, H, W) bool, cells that count.
         """
+        raise NotImplementedError
+
+    def read(self, sampled: Tensor) -> tuple[Tensor, Tensor]:
+        """What the maps of each landmark say at its place.
+
+        Args:
+            sampled: (N, V, C), the feature at the landmarks of N points. (Maps are linear in it, so
+                that this is what would be sampled of the maps.)
+
+        Returns:
+            Logits (N, V, 1) of the landmark being there, and displacements (N, V, 2) to it, as x, y
+            in cells.
+        """
+        raise NotImplementedError
 
 
 def known_cells(

@@ -51,8 +51,8 @@ class OutlineMaps(LandmarkMaps):
         classes: list[Tensor],
         known: Tensor,
     ) -> tuple[Tensor, ...]:
-        covering = self.covering(feature)
-        displacement = self.displacement(feature).permute(0, 2, 3, 1)
+        covering = self.covering(feature).float()
+        displacement = self.displacement(feature).float().permute(0, 2, 3, 1)
         num_classes, *size = covering.shape[1:]
         contours = [t.landmarks for t in targets]
         covered = torch.stack(

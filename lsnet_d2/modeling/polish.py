@@ -7,7 +7,8 @@ says how far it moves. That is done in steps with weights of their own: the bett
 are, the more the features under them say (as in Deep Snake, arXiv 2001.01629). Together the tokens
 say how good the landmarks are now, for each class that the object may be of, for the score of the
 detection (as in Mask Scoring R-CNN, arXiv 1903.00241, and like the second look that R-CNNs have).
-Since it runs on a few points of training and on final detections alone, it costs little.
+Since it runs on a few points of training and on final detections alone, it costs little; where maps
+teach the features that it looks at (:mod:`.maps`), two convolutions of these more.
 
 Letters: N points, V landmarks, C channels, K classes.
 """
@@ -26,6 +27,8 @@ from .maps import LandmarkMaps
 
 _HEADS = 4
 _QUALITY_BEFORE_TRAINING = 0.2
+# Of what maps say, in units of displacement: who is further away learns no more from it.
+_FAR = 5.0
 # On the finest features, where there are maps.
 _NUM_CONVS = 2
 
@@ -52,7 +55,7 @@ class PolishStep(nn.Module):
             num_classes: K.
             channels: width of the tokens, a multiple of 4.
             num_layers: of self-attention.
-            guided: whether landmarks have maps of their own, see :class:`.LandmarkMaps`.
+            guided: whether landmarks have maps of their own, which :meth:`forward` gets.
         """
         super().__init__()
         self.strides = strides
@@ -78,14 +81,14 @@ class PolishStep(nn.Module):
         features: list[Tensor],
         image: Tensor,
         landmarks: Tensor,
-        guide: Tensor | None = None,
+        maps: LandmarkMaps | None = None,
     ) -> tuple[Tensor, Tensor]:
         """
         Args:
             features: per stride (B, C, H, W).
             image: (N,), in which image the points are.
             landmarks: (N, V, 2) in pixels of the network's input.
-            guide: (B, 3 V, H, W), the landmarks' own maps, of the first stride.
+            maps: of the landmarks, on the first of the features.
 
         Returns:
             The moved landmarks (N, V, 2), and their quality (N, K) as logits: that of
@@ -104,37 +107,16 @@ class PolishStep(nn.Module):
         )
         tokens = self.appearance(sampled) + self.place(place.to(sampled)) + self.identity
         unit = DISPLACEMENT_UNIT * size
-        if guide is not None:
-            heat, way = sample_own(guide, self.strides[0], image, landmarks)
+        if maps is not None:
+            heat, way = maps.read(sampled[..., : features[0].shape[1]])
             way = self.strides[0] * way / unit.to(way)
-            tokens = tokens + self.guidance(torch.cat([heat.sigmoid(), way], dim=2))
+            seen = torch.cat([heat.sigmoid(), way.clamp(-_FAR, _FAR)], dim=2)
+            tokens = tokens + self.guidance(seen)
         tokens = self.norm(self.layers(tokens))
         moves = self.out(tokens)
-        if guide is not None:
+        if maps is not None:
             moves = moves + self.trust(tokens).sigmoid() * way
         return landmarks + unit * moves.to(landmarks), self.quality(tokens.mean(dim=1))
-
-
-def sample_own(
-    guide: Tensor, stride: int, image: Tensor, landmarks: Tensor
-) -> tuple[Tensor, Tensor]:
-    """What the maps of each landmark say at its place.
-
-    Args:
-        guide: (B, 3 V, H, W), see :class:`.LandmarkMaps`.
-        stride: of the maps.
-        image: (N,), in which image the points are.
-        landmarks: (N, V, 2).
-
-    Returns:
-        Logits (N, V, 1), and displacements (N, V, 2) in cells.
-    """
-    num_landmarks = landmarks.shape[1]
-    numbers = torch.arange(num_landmarks, device=image.device)
-    maps = guide.unflatten(1, (num_landmarks, 3)).flatten(0, 1)
-    number = (image[:, None] * num_landmarks + numbers).flatten()
-    sampled = sample_features(maps, stride, number, landmarks.flatten(0, 1)[:, None])
-    return sampled.view(-1, num_landmarks, 3).tensor_split([1], dim=2)
 
 
 class LandmarkPolish(nn.Module):
@@ -158,7 +140,7 @@ class LandmarkPolish(nn.Module):
         """
         super().__init__()
         self.maps = maps
-        self.guided = maps is not None and maps.guides
+        self.guided = maps is not None and maps.per_landmark
         self.steps = nn.ModuleList(
             PolishStep(num_landmarks, in_channels, strides, num_classes, guided=self.guided)
             for _ in range(num_steps)
@@ -175,10 +157,10 @@ class LandmarkPolish(nn.Module):
             The landmarks after each step and their quality. No gradient flows from a step to those
             before.
         """
-        guide = self.maps(features[0]) if self.guided else None
+        maps = self.maps if self.guided else None
         moved = []
         for step in self.steps:
-            moved.append(step(features, image, landmarks, guide))
+            moved.append(step(features, image, landmarks, maps))
             landmarks = moved[-1][0].detach()
         return moved
 

@@ -39,7 +39,11 @@ def get_parser() -> argparse.ArgumentParser:
         "--data", type=Path, nargs="+", metavar="DIR", help="folders in COCO's format, together"
     )
     parser.add_argument(
-        "--val-data", type=Path, nargs="+", metavar="DIR", help="test on these alone, not all"
+        "--val-data",
+        type=Path,
+        nargs="+",
+        metavar="DIR",
+        help="folders to test on, in place of --data's",
     )
     parser.add_argument("--groups", nargs="+", metavar="NAME", help="only these")
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="only these")

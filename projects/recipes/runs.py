@@ -243,7 +243,7 @@ class Trainings:
             scores={} if status == DIVERGED else final_scores(metrics, iterations, folder),
             version={**asdict(self.version), "key": self.version.key},
             folder=str(folder.relative_to(self.output)),
-            parameters=metrics[-1].get("parameters") if metrics else None,
+            parameters=next((m["parameters"] for m in metrics if "parameters" in m), None),
         )
         with atomic_write(folder / "row.json", "w") as file:
             json.dump(asdict(row), file, indent=1)

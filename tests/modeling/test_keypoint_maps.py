@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_model import make_input, tiny_model
 
+from lsnet_d2.layers import sample_features
 from lsnet_d2.modeling.keypoint_maps import KeypointMaps, keypoints_around
 from lsnet_d2.modeling.landmarks import LandmarkTargets
-from lsnet_d2.modeling.polish import LandmarkPolish, sample_own
+from lsnet_d2.modeling.polish import LandmarkPolish
 
 SIZE = 9, 14
 STRIDE = 4
@@ -22,7 +23,7 @@ def random_targets(seed, objects=3, keypoints=4):
     generator = torch.Generator().manual_seed(seed)
     scale = torch.tensor([STRIDE * SIZE[1], STRIDE * SIZE[0]])
     landmarks = torch.rand(objects, keypoints, 2, generator=generator) * 1.2 * scale - 0.1 * scale
-    sides = torch.rand(objects, 2, generator=generator) * 100
+    sides = torch.rand(objects, 2, generator=generator) * 300
     boxes = torch.cat([torch.zeros(objects, 2), sides], dim=1)
     visible = torch.rand(objects, keypoints, generator=generator) < 0.7
     return LandmarkTargets.make(landmarks, boxes, visible=visible)
@@ -48,7 +49,7 @@ def test_the_nearest_keypoint_of_each_kind(seed):
                     places[:, kind], targets.visible[:, kind], targets.boxes, strict=True
                 ):
                     x, y = (place - torch.tensor([j, i])).tolist()
-                    own = max(0.15 * math.hypot(*box[2:].tolist()) / STRIDE, 2)
+                    own = min(max(0.15 * math.hypot(*box[2:].tolist()) / STRIDE, 2), 8)
                     if visible:
                         found.append((math.hypot(x, y) / own, x, y, own))
                 near = [entry for entry in found if entry[0] < 1]
@@ -58,7 +59,14 @@ def test_the_nearest_keypoint_of_each_kind(seed):
                     assert reach[kind, i, j] == pytest.approx(own, rel=1e-4)
                 else:
                     assert reach[kind, i, j] == 0 and way[kind, :, i, j].abs().max() == 0
-                hottest = max((math.exp(-(x * x + y * y) / 2) for _, x, y, _ in found), default=0)
+                hottest = max(
+                    (
+                        math.exp(-(x * x + y * y) / 2)
+                        for _, x, y, _ in found
+                        if math.hypot(x, y) < 4
+                    ),
+                    default=0,
+                )
                 peak = any(abs(x) <= 0.5 and abs(y) <= 0.5 for _, x, y, _ in found)
                 assert heat[kind, i, j] == pytest.approx(1 if peak else hottest, abs=1e-5)
 
@@ -107,27 +115,62 @@ def test_losses():
     assert constant_maps(3.0, (1.0, 1.0), known=False) == {"loss_heat": 0, "loss_way": 0}
 
 
+def keypoint_maps():
+    torch.manual_seed(0)
+    maps = KeypointMaps(channels=64, num_keypoints=3, stride=STRIDE, loss_weights=(1.0, 1.0))
+    torch.nn.init.normal_(maps.displacement.weight)
+    return maps
+
+
 def test_landmarks_read_their_own_maps():
-    guide = torch.arange(2 * 6.0)[:, None, None].expand(12, 5, 7).reshape(2, 6, 5, 7)
-    landmarks = torch.tensor([[[8.0, 8.0], [4.0, 4.0]], [[8.0, 8.0], [99.0, 4.0]]])
-    heat, way = sample_own(guide, STRIDE, torch.tensor([1, 0]), landmarks)
-    assert heat.flatten(1).tolist() == [[6, 9], [0, 0]]
-    assert way.tolist() == [[[7, 8], [10, 11]], [[1, 2], [0, 0]]]
+    maps = keypoint_maps()
+    feature = torch.randn(2, 64, *SIZE)
+    landmarks, image = torch.rand(5, 3, 2) * 30, torch.tensor([0, 1, 1, 0, 1])
+    heat, way = maps.read(sample_features(feature, STRIDE, image, landmarks))
+    every = torch.cat([maps.heat(feature), maps.displacement(feature)], dim=1)
+    every = sample_features(every, STRIDE, image, landmarks)
+    for v in range(3):
+        torch.testing.assert_close(heat[:, v, 0], every[:, v, v], rtol=1e-4, atol=1e-5)
+        own = every[:, v, [3 + 2 * v, 4 + 2 * v]]
+        torch.testing.assert_close(way[:, v], own, rtol=1e-4, atol=1e-4)
+    # Beyond the map nothing is known.
+    heat, _ = maps.read(sample_features(feature, STRIDE, image, landmarks + 1000))
+    assert heat.sigmoid().flatten().tolist() == pytest.approx([0.02] * 15)
 
 
-def test_the_third_stage_goes_where_the_maps_lead():
+def test_nothing_moves_at_first():
     maps = KeypointMaps(channels=64, num_keypoints=2, stride=STRIDE, loss_weights=(1.0, 1.0))
-    torch.nn.init.zeros_(maps.displacement.weight)
+    polish = LandmarkPolish(2, 64, [STRIDE], 1, maps=maps)
+    landmarks = torch.rand(4, 2, 2) * 30
+    features, image = [torch.randn(1, 64, *SIZE)], torch.zeros(4, dtype=torch.long)
+    ((moved, _),) = polish(features, image, landmarks)
+    torch.testing.assert_close(moved, landmarks)
+
+
+@pytest.mark.parametrize("trust, share", [(30.0, 1), (-30.0, 0)])
+def test_the_third_stage_goes_where_the_maps_lead(trust, share):
+    maps = KeypointMaps(channels=64, num_keypoints=2, stride=STRIDE, loss_weights=(1.0, 1.0))
     maps.displacement.bias.data.copy_(torch.tensor([1.0, 0.0, 0.0, -0.5]))
     polish = LandmarkPolish(2, 64, [STRIDE], 1, maps=maps)
+    torch.nn.init.zeros_(polish.steps[0].trust.weight)
+    torch.nn.init.constant_(polish.steps[0].trust.bias, trust)
     landmarks = torch.tensor([[[20.0, 20.0], [30.0, 12.0]]])
     features, image = [torch.zeros(1, 64, *SIZE)], torch.tensor([0])
-    for trust, share in ((30.0, 1), (-30.0, 0)):
-        torch.nn.init.zeros_(polish.steps[0].trust.weight)
-        torch.nn.init.constant_(polish.steps[0].trust.bias, trust)
-        ((moved, _),) = polish(features, image, landmarks)
-        expected = landmarks + share * STRIDE * torch.tensor([[1.0, 0.0], [0.0, -0.5]])
-        torch.testing.assert_close(moved, expected)
+    ((moved, _),) = polish(features, image, landmarks)
+    expected = landmarks + share * STRIDE * torch.tensor([[1.0, 0.0], [0.0, -0.5]])
+    torch.testing.assert_close(moved, expected)
+
+
+def test_losses_are_computed_in_full_precision():
+    maps, feature = keypoint_maps(), torch.randn(2, 64, *SIZE)
+    images = [one([[8.0, 12.0], [20.0, 30.0], [0.0, 0.0]]), random_targets(1, keypoints=3)]
+    known = torch.ones(2, *SIZE, dtype=torch.bool)
+    full = maps.losses(feature, images, [], known)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = maps.losses(feature, images, [], known)
+    for name, loss in low.items():
+        assert loss.dtype == torch.float32
+        assert loss.item() == pytest.approx(full[name].item(), rel=0.02)
 
 
 def with_keypoints(count=3):

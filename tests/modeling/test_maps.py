@@ -1,7 +1,7 @@
 import pytest
 import torch
 from detectron2.utils.events import EventStorage
-from tiny_model import make_input, tiny_model
+from tiny_model import make_input, tiny_cfg, tiny_model
 
 from lsnet_d2.modeling.maps import at_least_one, known_cells, mean_of
 
@@ -44,7 +44,7 @@ def test_mean_of_what_counts():
 def test_weights_of_the_losses(key):
     once, other = losses_of(), losses_of(**{f"{key}_LOSS_WEIGHTS": [8.0, 0.0]})
     first, second = NAMES[key]
-    default = {"OUTLINE_MAPS": 4.0, "KEYPOINT_MAPS": 0.25}[key]
+    default = tiny_cfg().MODEL.LSNET[f"{key}_LOSS_WEIGHTS"][0]
     assert other.pop(first) == pytest.approx(8 / default * once.pop(first))
     assert other.pop(second) == 0 and once.pop(second) > 0
     assert other == pytest.approx(once)

@@ -38,6 +38,7 @@ class FakeTraining:
         seconds = 0.25 if "rcnn" in options["--config-file"] else 0.5
         lines = [{"time": 60.0, "iteration": 0, "peak_memory": 100.0}]  # warming up
         lines += [{"time": seconds, "iteration": iterations - 1, "peak_memory": 200.0}]
+        lines[-1]["parameters"] = 3e6
         if options.get("DATASETS.TEST") != "()":
             ap = 1000 * rate + int(options["SEED"])
             lines.append({"iteration": iterations, "bbox/AP": ap, "bbox/APl": float("nan")})
@@ -83,7 +84,7 @@ def test_variants_are_trained_for_as_long_as_another(commands, tmp_path):
         ("Mask R-CNN", 1160, 0.25),
     ]
     assert rows[0].scores == {"bbox/AP": 11.0, "bbox/APl": None}
-    assert rows[0].peak_memory == 200
+    assert rows[0].peak_memory == 200 and rows[0].parameters == 3e6
     timed = [c for c in commands if c.get("DATASETS.TEST") == "()"]
     assert [c["SOLVER.MAX_ITER"] for c in timed] == ["60", "60"]
     # the schedule of 1,450 iterations, and four evaluations
@@ -268,6 +269,7 @@ def test_a_real_comparison(tmp_path):
         assert "| RetinaNet | 1 | 4 |" in done.stdout
     (row,) = json.loads((tmp_path / "out/results.json").read_text())["rows"]
     assert row["iterations"] == 4 and row["step_seconds"] > 0 and row["peak_memory"] > 100
+    assert row["parameters"] > 1e5
     assert not row["diverged"] and "bbox/AP" in row["scores"]
     folder = tmp_path / "out" / row["folder"]
     metrics = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]

@@ -55,6 +55,22 @@ def test_several_folders_are_put_together(tmp_path):
     assert [(a["id"], a["image_id"]) for a in data["annotations"]] == [(1, 1), (2, 2)]
 
 
+def test_other_folders_to_test_on(tmp_path):
+    one, two = (write(tmp_path / name) for name in ("one", "two"))
+    for val, expected in (([two], two), ([], one)):
+        _, value = folders.data_opts([one], DATA, tmp_path / "out", val=val)
+        train, test = ast.literal_eval(value)
+        assert train[1:] == [
+            str(one / "annotations/person_keypoints_train.json"),
+            str(one / "images"),
+        ]
+        assert test[1:] == [
+            str(expected / "annotations/person_keypoints_val.json"),
+            str(expected / "images"),
+        ]
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_is_missing_or_does_not_fit_is_named(tmp_path):
     with pytest.raises(UserError, match="none: no annotations/person_keypoints_train.json"):
         folders.data_opts([tmp_path / "none"], DATA, tmp_path)
