@@ -68,7 +68,7 @@ def add_lsnet_config(cfg: CN) -> None:
     cfg.MODEL.LSNET.OUTLINE_MAPS = True
     # Where there are keypoints, likewise: which are in a cell, and where the nearest of each kind
     # is. The third stage reads these maps at its landmarks.
-    cfg.MODEL.LSNET.KEYPOINT_MAPS = True
+    cfg.MODEL.LSNET.KEYPOINT_MAPS = False
 
     # The third stage also predicts how good its landmarks are, as those of each class. Scores of
     # detections are the class's to the power of 1 - share, times the predicted quality to the power

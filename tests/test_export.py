@@ -38,7 +38,11 @@ MODELS = {
     "segm": {"TASK": "segm", "REFERENCE_OFFSETS": True},
     "pose_kbox": {"TASK": "pose_kbox"},
     "corner verification": {"CPV": True},
-    "joint, polished": {**JOINT, "TOWER_CONV": "conv", "POLISH_IN_FEATURES": ["p3", "p4"]},
+    "pose_bbox": {"TASK": "pose_bbox", "TOWER_CONV": "conv", "REFINE_SAMPLING": False},
+    "joint, polished": {
+        **{**JOINT, "TOWER_CONV": "conv", "POLISH_IN_FEATURES": ["p3", "p4"]},
+        "KEYPOINT_MAPS": True,
+    },
 }
 FAST = ["plain towers"]
 

@@ -15,7 +15,12 @@ from lsnet_d2.modeling.polish import LandmarkPolish
 SIZE = 9, 14
 STRIDE = 4
 BOXES = [[10, 12, 60, 70], [70, 20, 120, 90], [30, 40, 44, 60]]
-LSNET = {"TASK": "pose_bbox", "NUM_KEYPOINTS": 5, "POLISH_IN_FEATURES": ["p3", "p4"]}
+LSNET = {
+    "TASK": "pose_bbox",
+    "NUM_KEYPOINTS": 5,
+    "POLISH_IN_FEATURES": ["p3", "p4"],
+    "KEYPOINT_MAPS": True,
+}
 
 
 def random_targets(seed, objects=3, keypoints=4):

@@ -10,6 +10,8 @@ LSNET = {
     "TASK": "joint",
     "BRANCHES": ["extreme", "contour", "keypoint"],
     "POLISH_IN_FEATURES": ["p3", "p4"],
+    "OUTLINE_MAPS": True,
+    "KEYPOINT_MAPS": True,
 }
 NAMES = {
     "OUTLINE_MAPS": ["loss_covering", "loss_outline"],
@@ -57,6 +59,6 @@ def test_weights_of_the_losses(key):
 @pytest.mark.parametrize("key", NAMES)
 def test_either_can_be_left_out(key):
     assert losses_of().keys() - losses_of(**{key: False}).keys() == set(NAMES[key])
-    without = tiny_model(**LSNET, OUTLINE_MAPS=False, KEYPOINT_MAPS=False)
+    without = tiny_model(**{**LSNET, **dict.fromkeys(NAMES, False)})
     assert len(without.polish.convs) == 0
-    assert len(tiny_model(**LSNET, **{key: False}).polish.convs) == 2
+    assert len(tiny_model(**{**LSNET, key: False}).polish.convs) == 2
