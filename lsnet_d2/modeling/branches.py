@@ -91,6 +91,7 @@ class ContourBranch(LandmarkBranch):
     name = "segm"
     pred_field = "pred_contours"
     score_field = "contour_scores"
+    maps = OutlineMaps
     # With 36 vertices the released code samples at these; its checkpoints depend on it.
     _SAMPLING = {36: [0, 5, 10, 15, 20, 25, 30, 35]}
     _VERTICES_PER_GROUP = 4
@@ -114,9 +115,13 @@ class ContourBranch(LandmarkBranch):
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         return {"num_points": cfg.MODEL.LSNET.NUM_CONTOUR_POINTS}
 
-    def build_maps(self, cfg: CfgNode, channels: int, stride: int) -> OutlineMaps | None:
-        num_classes = cfg.MODEL.LSNET.NUM_CLASSES
-        return OutlineMaps.build(cfg, channels=channels, num_classes=num_classes, stride=stride)
+    def build_maps(self, cfg: CfgNode, channels: int, stride: int) -> OutlineMaps:
+        return OutlineMaps(
+            channels=channels,
+            num_classes=cfg.MODEL.LSNET.NUM_CLASSES,
+            stride=stride,
+            loss_weights=cfg.MODEL.LSNET.OUTLINE_MAPS_LOSS_WEIGHTS,
+        )
 
     def targets(self, instances: Instances) -> LandmarkTargets:
         contours = instances.gt_contours
@@ -184,6 +189,7 @@ class KeypointBranch(LandmarkBranch):
     name = "pose"
     pred_field = "pred_keypoints"
     score_field = "pose_scores"
+    maps = KeypointMaps
     # Of COCO's 17 the released code samples at the left ones; its checkpoints depend on it.
     _SAMPLING = {17: [1, 3, 5, 7, 9, 11, 13, 15]}
 
@@ -220,9 +226,12 @@ class KeypointBranch(LandmarkBranch):
             "train_unlabelled": cfg.MODEL.LSNET.TRAIN_UNLABELLED_POSES,
         }
 
-    def build_maps(self, cfg: CfgNode, channels: int, stride: int) -> KeypointMaps | None:
-        return KeypointMaps.build(
-            cfg, channels=channels, num_keypoints=self.num_landmarks, stride=stride
+    def build_maps(self, cfg: CfgNode, channels: int, stride: int) -> KeypointMaps:
+        return KeypointMaps(
+            channels=channels,
+            num_keypoints=self.num_landmarks,
+            stride=stride,
+            loss_weights=cfg.MODEL.LSNET.KEYPOINT_MAPS_LOSS_WEIGHTS,
         )
 
     def unknown(self, targets: LandmarkTargets, classes: Tensor) -> Tensor:

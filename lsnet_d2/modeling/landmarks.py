@@ -82,12 +82,14 @@ class LandmarkBranch(ABC):
         sampling_landmarks: indices of the landmarks at which features are sampled. The centre is
             sampled too, and what is missing to nine points are free, learned displacements.
         pred_field: field of ``Instances`` that holds the predicted landmarks.
+        maps: the :class:`.LandmarkMaps` of such landmarks, if there are any.
         score_field: field that holds their scores; "scores" are those of the detections.
     """
 
     name: str
     pred_field: str
     score_field = "scores"
+    maps: type | None = None
 
     def __init__(
         self,
@@ -244,13 +246,13 @@ class LandmarkBranch(ABC):
         visible = targets.visible.to(distance)
         return (distance * visible).sum(1) / visible.sum(1).clamp(min=1)
 
-    def build_maps(self, cfg: CfgNode, channels: int, stride: int) -> nn.Module | None:
-        """The :class:`.LandmarkMaps` that teach the features of the third stage, if there are any.
+    def build_maps(self, cfg: CfgNode, channels: int, stride: int) -> nn.Module:
+        """What teaches the features of the third stage, of the class ``maps``.
 
         Args:
             channels, stride: of the finest of these features.
         """
-        return None
+        raise NotImplementedError
 
     def unknown(self, targets: LandmarkTargets, classes: Tensor) -> Tensor:
         """(G,) bool: objects whose landmarks nobody labelled. What lies in their boxes is no

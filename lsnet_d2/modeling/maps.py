@@ -9,10 +9,8 @@ Letters: B images, C channels, (H, W) the size of a map, G objects, V landmarks 
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from detectron2.config import CfgNode
 from detectron2.utils import comm
 from torch import Tensor, nn
 
@@ -53,17 +51,6 @@ class LandmarkMaps(nn.Module):
             )
         self.stride = stride
         self.loss_weights = loss_weights
-
-    @classmethod
-    def build(cls, cfg: CfgNode, **kwargs: Any) -> "LandmarkMaps | None":
-        """The maps, if the config wants them.
-
-        Args:
-            kwargs: what they need besides the weights of their losses.
-        """
-        if not cfg.MODEL.LSNET[cls.key]:
-            return None
-        return cls(**kwargs, loss_weights=cfg.MODEL.LSNET[f"{cls.key}_LOSS_WEIGHTS"])
 
     def losses(
         self,

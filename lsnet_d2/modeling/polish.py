@@ -130,34 +130,34 @@ class LandmarkPolish(nn.Module):
         num_classes: int,
         *,
         num_steps: int = 1,
-        maps: LandmarkMaps | None = None,
+        guided: bool = False,
     ) -> None:
         """
         Args:
-            num_landmarks, in_channels, strides, num_classes: see :class:`PolishStep`.
+            num_landmarks, in_channels, strides, num_classes, guided: see :class:`PolishStep`.
             num_steps: at least 1.
-            maps: what the branch teaches the first of the feature maps; None: nothing.
         """
         super().__init__()
-        self.maps = maps
-        self.guided = maps is not None and maps.per_landmark
         self.steps = nn.ModuleList(
-            PolishStep(num_landmarks, in_channels, strides, num_classes, guided=self.guided)
+            PolishStep(num_landmarks, in_channels, strides, num_classes, guided=guided)
             for _ in range(num_steps)
         )
 
     def forward(
-        self, features: list[Tensor], image: Tensor, landmarks: Tensor
+        self,
+        features: list[Tensor],
+        image: Tensor,
+        landmarks: Tensor,
+        maps: LandmarkMaps | None = None,
     ) -> list[tuple[Tensor, Tensor]]:
         """
         Args:
-            features, image, landmarks: see :meth:`PolishStep.forward`.
+            features, image, landmarks, maps: see :meth:`PolishStep.forward`.
 
         Returns:
             The landmarks after each step and their quality. No gradient flows from a step to those
             before.
         """
-        maps = self.maps if self.guided else None
         moved = []
         for step in self.steps:
             moved.append(step(features, image, landmarks, maps))
@@ -169,31 +169,44 @@ class Polish(nn.Module):
     """The third stage of all branches.
 
     Attributes:
-        branches: a :class:`LandmarkPolish` for each, by its name.
+        branches: what moves the landmarks of each branch, by its name.
+        maps: of the branches that have any, what they teach the finest features.
     """
 
     def __init__(
-        self, in_features: Sequence[str], channels: int, branches: Mapping[str, LandmarkPolish]
+        self,
+        in_features: Sequence[str],
+        branches: Mapping[str, LandmarkPolish],
+        convs: Sequence[nn.Module] = (),
+        maps: Mapping[str, LandmarkMaps] | None = None,
     ) -> None:
         """
         Args:
             in_features: names of the feature maps that are looked at, finest first.
-            channels: of the finest, a multiple of 32.
-            branches: see the class. Where any of them has maps, they are made from the finest
-                features after some convolutions, and these are looked at.
+            convs: what the finest goes through before.
+            branches, maps: see the class.
         """
         super().__init__()
         self.in_features = list(in_features)
         self.branches = nn.ModuleDict(branches)
-        taught = any(branch.maps is not None for branch in branches.values())
-        self.convs = nn.Sequential(
-            *[ConvNormAct(channels, channels) for _ in range(_NUM_CONVS if taught else 0)]
-        )
+        self.convs = nn.Sequential(*convs)
+        self.maps = nn.ModuleDict(maps or {})
 
     def features(self, features: Mapping[str, Tensor]) -> list[Tensor]:
         """The maps to look at, each (B, C, H, W), from those of the backbone."""
         finest, *others = (features[name] for name in self.in_features)
         return [self.convs(finest), *others]
+
+    def forward(
+        self, name: str, features: list[Tensor], image: Tensor, landmarks: Tensor
+    ) -> list[tuple[Tensor, Tensor]]:
+        """As :meth:`LandmarkPolish.forward`, of the branch of this name.
+
+        Args:
+            features: of :meth:`features`.
+        """
+        maps = self.maps[name] if name in self.maps and self.maps[name].per_landmark else None
+        return self.branches[name](features, image, landmarks, maps)
 
 
 def build_polish(
@@ -223,18 +236,19 @@ def build_polish(
             f"MODEL.LSNET.QUALITY_SHARE_TEST is {node.QUALITY_SHARE_TEST}; it must be from 0 to 1"
         )
     finest = shapes[names[0]]
-    return Polish(
-        names,
-        finest.channels,
-        {
-            branch.name: LandmarkPolish(
-                branch.num_landmarks,
-                sum(shapes[name].channels for name in names),
-                [shapes[name].stride for name in names],
-                node.NUM_CLASSES,
-                num_steps=node.POLISH_STEPS,
-                maps=branch.build_maps(cfg, finest.channels, finest.stride),
-            )
-            for branch in branches
-        },
-    )
+    taught = [b for b in branches if b.maps is not None and node[b.maps.key]]
+    polished = {
+        branch.name: LandmarkPolish(
+            branch.num_landmarks,
+            sum(shapes[name].channels for name in names),
+            [shapes[name].stride for name in names],
+            node.NUM_CLASSES,
+            num_steps=node.POLISH_STEPS,
+            guided=branch in taught and branch.maps.per_landmark,
+        )
+        for branch in branches
+    }
+    num_convs = _NUM_CONVS if taught else 0
+    convs = [ConvNormAct(finest.channels, finest.channels) for _ in range(num_convs)]
+    maps = {b.name: b.build_maps(cfg, finest.channels, finest.stride) for b in taught}
+    return Polish(names, polished, convs, maps)

@@ -17,7 +17,7 @@ from .head import HeadOutput
 from .landmarks import LandmarkBranch, LandmarkTargets
 from .maps import known_cells
 from .points import AnchorPoints
-from .polish import LandmarkPolish, Polish
+from .polish import Polish
 from .samples import BranchSamples, GroundTruth, Matches
 
 
@@ -82,9 +82,7 @@ class PolishCriterion:
                 found = few_samples(found, self.positives, len(background))
             known = decoys[_teaching(decoys, found.targets)]
             vectors = dense[known.image, known.point].to(found.vectors)
-            losses |= self.branch_losses(
-                points, found, known, vectors, classes, polish.branches[found.branch.name], fine
-            )
+            losses |= self.branch_losses(points, found, known, vectors, classes, polish, fine)
         return losses
 
     @staticmethod
@@ -104,9 +102,9 @@ class PolishCriterion:
         losses = {}
         boxes = [target.boxes for target in truth.targets[0]]
         for branch, targets in zip(branches, truth.targets, strict=True):
-            maps = polish.branches[branch.name].maps
-            if maps is None:
+            if branch.name not in polish.maps:
                 continue
+            maps = polish.maps[branch.name]
             unknown = [
                 branch.unknown(target, classes)
                 for target, classes in zip(targets, truth.classes, strict=True)
@@ -164,7 +162,7 @@ class PolishCriterion:
         decoys: Matches,
         decoy_vectors: Tensor,
         classes: Tensor,
-        polish: LandmarkPolish,
+        polish: Polish,
         fine: list[Tensor],
     ) -> dict[str, Tensor]:
         """Losses of a branch: means over the steps of the third stage.
@@ -196,7 +194,7 @@ class PolishCriterion:
         owned = torch.nonzero(owner >= 0).squeeze(1)
         owner = owner[owned]
         displacement, judgement = [], []
-        for moved, logits in polish(fine, image, landmarks):
+        for moved, logits in polish(branch.name, fine, image, landmarks):
             displacement.append(branch.displacement_loss(moved[:count], targets).sum())
             quality = torch.zeros_like(logits, dtype=torch.float32)
             reached = branch.quality(moved[owned].detach(), samples.targets[owner])

@@ -145,10 +145,10 @@ def test_landmarks_read_their_own_maps():
 
 def test_nothing_moves_at_first():
     maps = KeypointMaps(channels=64, num_keypoints=2, stride=STRIDE, loss_weights=(1.0, 1.0))
-    polish = LandmarkPolish(2, 64, [STRIDE], 1, maps=maps)
+    polish = LandmarkPolish(2, 64, [STRIDE], 1, guided=True)
     landmarks = torch.rand(4, 2, 2) * 30
     features, image = [torch.randn(1, 64, *SIZE)], torch.zeros(4, dtype=torch.long)
-    ((moved, _),) = polish(features, image, landmarks)
+    ((moved, _),) = polish(features, image, landmarks, maps)
     torch.testing.assert_close(moved, landmarks)
 
 
@@ -156,12 +156,12 @@ def test_nothing_moves_at_first():
 def test_the_third_stage_goes_where_the_maps_lead(trust, share):
     maps = KeypointMaps(channels=64, num_keypoints=2, stride=STRIDE, loss_weights=(1.0, 1.0))
     maps.displacement.bias.data.copy_(torch.tensor([1.0, 0.0, 0.0, -0.5]))
-    polish = LandmarkPolish(2, 64, [STRIDE], 1, maps=maps)
+    polish = LandmarkPolish(2, 64, [STRIDE], 1, guided=True)
     torch.nn.init.zeros_(polish.steps[0].trust.weight)
     torch.nn.init.constant_(polish.steps[0].trust.bias, trust)
     landmarks = torch.tensor([[[20.0, 20.0], [30.0, 12.0]]])
     features, image = [torch.zeros(1, 64, *SIZE)], torch.tensor([0])
-    ((moved, _),) = polish(features, image, landmarks)
+    ((moved, _),) = polish(features, image, landmarks, maps)
     expected = landmarks + share * STRIDE * torch.tensor([[1.0, 0.0], [0.0, -0.5]])
     torch.testing.assert_close(moved, expected)
 
@@ -186,7 +186,7 @@ def with_keypoints(count=3):
 
 def known_to_the_maps(image, **lsnet):
     model = tiny_model(**LSNET, **lsnet).train()
-    maps = model.polish.branches["pose"].maps
+    maps = model.polish.maps["pose"]
     seen = {}
     losses = maps.losses
 
@@ -217,7 +217,7 @@ def test_maps_teach_the_features_of_the_third_stage():
     with EventStorage():
         losses = model([with_keypoints(), make_input([], [])])
     (losses["loss_heat"] + losses["loss_way"]).backward()
-    maps = model.polish.branches["pose"].maps
+    maps = model.polish.maps["pose"]
     taught = (*model.polish.convs.parameters(), *maps.parameters(), model.backbone.stem.weight)
     assert all(p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in taught)
     assert all(parameter.grad is None for parameter in model.head.parameters())

@@ -130,8 +130,7 @@ def test_maps_teach_the_features_of_the_third_stage():
     with EventStorage():
         losses = model([make_input(BOXES, [0, 1, 2]), make_input([], [])])
     (losses["loss_covering"] + losses["loss_outline"]).backward()
-    (branch,) = model.polish.branches.values()
-    taught = (*model.polish.convs.parameters(), *branch.maps.parameters())
+    taught = (*model.polish.convs.parameters(), *model.polish.maps.parameters())
     for parameter in (*taught, model.backbone.stem.weight):
         assert parameter.grad.isfinite().all() and parameter.grad.abs().max() > 0
 
@@ -148,7 +147,7 @@ def test_objects_without_contours_are_not_background():
         seen.update(contours=targets[0].landmarks, classes=classes[0], known=known[0])
         return {"loss_covering": feature.sum(), "loss_outline": feature.sum()}
 
-    model.polish.branches["segm"].maps.losses = losses
+    model.polish.maps["segm"].losses = losses
     image = make_input(BOXES, [0, 1, 2])
     image["instances"].gt_contours[1] = torch.nan
     image["ignore_boxes"] = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
@@ -164,7 +163,7 @@ def test_objects_without_contours_are_not_background():
 
 def test_nothing_is_computed_of_the_maps_at_test_time():
     model = tiny_model(**LSNET).eval()
-    maps = model.polish.branches["segm"].maps
+    maps = model.polish.maps["segm"]
     maps.covering.forward = maps.displacement.forward = None
     with torch.no_grad():
         model([make_input([], [])])
@@ -174,5 +173,4 @@ def test_nothing_is_computed_of_the_maps_at_test_time():
 def test_what_maps_need(change):
     assert len(tiny_model(**LSNET).polish.convs) == 2
     polish = tiny_model(**{**LSNET, **change}).polish
-    assert all(branch.maps is None for branch in polish.branches.values())
-    assert len(polish.convs) == 0
+    assert len(polish.maps) == len(polish.convs) == 0

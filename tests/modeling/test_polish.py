@@ -172,7 +172,7 @@ def test_detections_that_meet_are_one():
     model = detecting_model()
 
     class Meeting(torch.nn.Module):
-        def forward(self, features, image, landmarks):
+        def forward(self, features, image, landmarks, maps):
             return [(landmarks[:1].expand_as(landmarks), torch.zeros(len(landmarks), 3))]
 
     with torch.no_grad():

@@ -86,7 +86,8 @@ class TestLosses:
     def test_places(self):
         """The second step puts one of the positives right."""
 
-        def polish(fine, image, found):
+        def polish(name, fine, image, found):
+            assert name == "bbox"
             torch.testing.assert_close(found, self.start.expand(4, 4, 2))
             moved = torch.cat([self.landmarks, found[1:]])
             return [(found, torch.zeros(4, 3)), (moved, torch.zeros(4, 3))]
@@ -126,7 +127,7 @@ class TestLosses:
         self.samples.targets = self.samples.targets[torch.tensor([], dtype=torch.int64)]
         step = torch.nn.Linear(2, 3)
 
-        def polish(fine, image, found):
+        def polish(name, fine, image, found):
             return [(found, step(found.mean(dim=1)))]
 
         losses = self.losses(matches([10, 20], [-1, -1]), polish)
