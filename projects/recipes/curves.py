@@ -15,15 +15,17 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 
-def curve(metrics: list[dict], key: str, step_seconds: float) -> tuple[list[float], list[float]]:
-    """Minutes of training and values of a metric; NaN stays NaN, which is not drawn."""
+def curve(metrics: list[dict], key: str, unit: float) -> tuple[list[float], list[float]]:
+    """Where a metric is known, in iterations times ``unit``, and its values; NaN is not drawn."""
     lines = [line for line in metrics if key in line]
-    return [line["iteration"] * step_seconds / 60 for line in lines], [line[key] for line in lines]
+    return [line["iteration"] * unit for line in lines], [line[key] for line in lines]
 
 
 def draw_curves(rows: Sequence[Row], output: Path) -> list[Path]:
     """For each group a picture ``curves_{group}.png``: the loss, and AP of each kind, of the first
     seed of each row. Losses of different models are not comparable, only their shapes.
+
+    The x-axis is time, or the share of the training where several ran at once.
 
     Args:
         rows: that have ended; ``folder`` is below ``output``.
@@ -34,6 +36,7 @@ def draw_curves(rows: Sequence[Row], output: Path) -> list[Path]:
         for row in rows:
             if row.group == group and row.step_seconds:
                 first.setdefault(title_of(row.name, row.point), row)
+        alone = all(row.jobs == 1 for row in first.values())
         metrics = {name: read_metrics(output / row.folder) for name, row in first.items()}
         panels = {"total_loss": "loss, median of 20 iterations"} | {
             f"{kind}/AP": f"AP of {TITLES[kind]}"
@@ -45,10 +48,11 @@ def draw_curves(rows: Sequence[Row], output: Path) -> list[Path]:
         )
         for axis, (key, title) in zip(axes[0], panels.items(), strict=True):
             for index, (name, row) in enumerate(first.items()):
-                x, y = curve(metrics[name], key, row.step_seconds)
+                unit = row.step_seconds / 60 if alone else 1 / row.iterations
+                x, y = curve(metrics[name], key, unit)
                 marker = "" if key == "total_loss" else "o"
                 axis.plot(x, y, marker=marker, color=f"C{index}", label=f"{name}, seed {row.seed}")
-            axis.set(title=title, xlabel="minutes of training")
+            axis.set(title=title, xlabel="minutes of training" if alone else "share of training")
             axis.grid(alpha=0.3)
         axes[0][0].set_yscale("log")
         axes[0][-1].legend(fontsize="small")
