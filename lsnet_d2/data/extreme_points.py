@@ -114,7 +114,7 @@ def as_extreme_points(value: Sequence) -> np.ndarray:
     """
     try:
         points = np.array(value, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         points = np.empty(0)
     if points.size not in (8, 10) or not np.isfinite(points).all():
         raise ValueError(f"extreme_points must be four or five points, not {value}")

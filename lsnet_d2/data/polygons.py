@@ -48,7 +48,7 @@ def segmentation_to_outlines(
         return mask_to_polygons(mask), mask_holes(mask)
     try:
         parts = [np.array(part, dtype=np.float64).reshape(-1, 2) for part in segmentation]
-    except TypeError as error:
+    except (OverflowError, TypeError) as error:
         raise ValueError(f"a segmentation that is no list of numbers: {error}") from error
     return [part for part in parts if is_usable(part)], []
 

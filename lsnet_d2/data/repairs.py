@@ -42,7 +42,7 @@ def repair_segmentation(annotation: dict, image: dict) -> Repairs:
             check_rle(segmentation, *size)
             return found
         parts = [np.array(part, dtype=np.float64).reshape(-1, 2) for part in segmentation or ()]
-    except (TypeError, ValueError) as error:
+    except (OverflowError, TypeError, ValueError) as error:
         del annotation["segmentation"]
         return [*found, (str(error), "no segmentation")]
     kept = []

@@ -80,6 +80,7 @@ def test_good_data_stay_as_they_are(data, tmp_path, decode_images):
         ),
         ({"bbox": None}, "its box None is not four", {"bbox": [20, 10, 40, 40]}),
         ({"segmentation": POLYGON}, "a flat list of numbers", {"segmentation": [POLYGON]}),
+        ({"segmentation": [[10**400, *POLYGON[1:]]]}, "int too large", {"segmentation": None}),
         (
             {"segmentation": [POLYGON, [1, 2, 3, 4]]},
             "polygon number 1 encloses nothing",

@@ -160,7 +160,9 @@ def test_as_extreme_points_reads_the_forms_of_the_key():
         np.testing.assert_array_equal(as_extreme_points(value), points)
 
 
-@pytest.mark.parametrize("value", [[1, 2, 3], [[1, 2], [3]], "points", [np.nan] * 8, 7, [None] * 8])
+@pytest.mark.parametrize(
+    "value", [[1, 2, 3], [[1, 2], [3]], "points", [np.nan] * 8, 7, [None] * 8, [10**400] * 8]
+)
 def test_as_extreme_points_refuses_others(value):
     with pytest.raises(ValueError, match="four or five points"):
         as_extreme_points(value)

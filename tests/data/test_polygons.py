@@ -178,6 +178,7 @@ def test_malformed_segmentations(segmentation):
         ([[7]], "a polygon of 1 numbers"),
         ([["a", "b"]], "could not convert"),
         ([[{}, {}]], "no list of numbers"),
+        ([[10**400, 0, 4, 0, 4, 4]], "int too large"),
     ],
 )
 def test_lists_that_are_no_polygons(segmentation, message):
