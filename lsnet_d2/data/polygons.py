@@ -46,11 +46,19 @@ def segmentation_to_outlines(
     if isinstance(segmentation, dict):
         mask = decode_rle(segmentation, height, width)
         return mask_to_polygons(mask), mask_holes(mask)
+    return [part for part in read_polygons(segmentation) if is_usable(part)], []
+
+
+def read_polygons(segmentation: Sequence) -> list[np.ndarray]:
+    """Polygons (N, 2) float64, as they are, of a list that :func:`check_form` has seen.
+
+    Raises:
+        ValueError: something in it is no number, or too large for one.
+    """
     try:
-        parts = [np.array(part, dtype=np.float64).reshape(-1, 2) for part in segmentation]
+        return [np.array(part, dtype=np.float64).reshape(-1, 2) for part in segmentation]
     except (OverflowError, TypeError) as error:
         raise ValueError(f"a segmentation that is no list of numbers: {error}") from error
-    return [part for part in parts if is_usable(part)], []
 
 
 def check_form(segmentation: Any, image_size: tuple[int, int] | None) -> None:

@@ -14,6 +14,7 @@ from .polygons import (
     check_rle,
     clip_polygons,
     is_usable,
+    read_polygons,
     segmentation_to_polygons,
 )
 
@@ -41,8 +42,8 @@ def repair_segmentation(annotation: dict, image: dict) -> Repairs:
         if isinstance(segmentation, dict):
             check_rle(segmentation, *size)
             return found
-        parts = [np.array(part, dtype=np.float64).reshape(-1, 2) for part in segmentation or ()]
-    except (OverflowError, TypeError, ValueError) as error:
+        parts = read_polygons(segmentation or ())
+    except (TypeError, ValueError) as error:
         del annotation["segmentation"]
         return [*found, (str(error), "no segmentation")]
     kept = []

@@ -49,17 +49,13 @@ class KeypointMaps(LandmarkMaps):
         nn.init.zeros_(self.displacement.weight)
 
     def read(self, sampled: Tensor) -> tuple[Tensor, Tensor]:
-        heat, way = (
-            torch.einsum("nvc,vkc->nvk", sampled, weight) + bias
-            for weight, bias in (
-                (
-                    layer.weight.view(self.num_keypoints, -1, sampled.shape[2]),
-                    layer.bias.view(-1, k),
-                )
-                for layer, k in ((self.heat, 1), (self.displacement, 2))
-            )
-        )
-        return heat, way
+        return self._read(self.heat, sampled), self._read(self.displacement, sampled)
+
+    def _read(self, layer: nn.Conv2d, sampled: Tensor) -> Tensor:
+        """(N, V, k): of each keypoint the k values that its own part of the layer gives."""
+        weight = layer.weight.view(self.num_keypoints, -1, layer.in_channels)
+        bias = layer.bias.view(self.num_keypoints, -1)
+        return torch.einsum("nvc,vkc->nvk", sampled, weight) + bias
 
     def errors(
         self,
@@ -92,8 +88,8 @@ def keypoints_around(
 
     Returns:
         heat (V, H, W) in [0, 1], 1 in the cells nearest to keypoints of the kind; the way to the
-        nearest (V, 2, H, W) as x, y in cells; and its reach (V, H, W) in
-        cells, 0 where none is within reach.
+        nearest (V, 2, H, W) as x, y in cells; and how far that one reaches (V, H, W) in cells, 0
+        where none does.
     """
     height, width = size
     num_keypoints = targets.landmarks.shape[1]

@@ -8,6 +8,7 @@ Letters: B images, C channels, (H, W) the size of a map, G objects, V landmarks 
 (i, j) of a map with stride s lies at x = j * s, y = i * s, as anchor points do.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -19,7 +20,7 @@ from .landmarks import LandmarkTargets
 from .points import make_anchor_points, points_in_boxes
 
 
-class LandmarkMaps(nn.Module):
+class LandmarkMaps(nn.Module, ABC):
     """What one branch can tell about every cell.
 
     Attributes:
@@ -27,7 +28,7 @@ class LandmarkMaps(nn.Module):
             of their losses counts.
         loss_names: of the losses.
         per_landmark: whether each landmark has maps of its own. They guide the third stage, which
-            :meth:`read` s them at its landmarks, and whose loss trains them as well.
+            calls :meth:`read`, and whose loss trains them as well.
     """
 
     key: str
@@ -64,6 +65,7 @@ class LandmarkMaps(nn.Module):
         entries = zip(self.loss_names, self.loss_weights, errors, strict=True)
         return {name: weight * error for name, weight, error in entries}
 
+    @abstractmethod
     def errors(
         self,
         feature: Tensor,
@@ -79,10 +81,9 @@ class LandmarkMaps(nn.Module):
             classes: per image (G,), theirs.
             known: (B, H, W) bool, cells that count.
         """
-        raise NotImplementedError
 
     def read(self, sampled: Tensor) -> tuple[Tensor, Tensor]:
-        """What the maps of each landmark say at its place.
+        """What the maps of each landmark say at its place, where each has its own.
 
         Args:
             sampled: (N, V, C), the feature at the landmarks of N points. (Maps are linear in it, so

@@ -139,7 +139,8 @@ def stages(model: LSNet, inputs: list[dict], device: torch.device = CPU) -> dict
             clock.watch("towers", module)
         elif isinstance(module, RefinePredictor):
             clock.watch("predictors", module)
-            clock.watch("samplers", module.sample)
+            if module.sample is not None:
+                clock.watch("samplers", module.sample)
     for layers in model.head.branches.values():
         clock.watch("init", layers.init_conv)
         clock.watch("init", layers.init_out)
