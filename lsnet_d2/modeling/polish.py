@@ -3,12 +3,14 @@
 The paper's two stages predict all landmarks of an anchor point at once, and the second one looks at
 nine places. Here each landmark is a token: the features under it, where it is in the object, and
 which one it is. Self-attention (arXiv 1706.03762) lets the tokens of an object agree, and each then
-says how far it moves. That is done in steps with weights of their own: the better the landmarks
-are, the more the features under them say (as in Deep Snake, arXiv 2001.01629). Together the tokens
-say how good the landmarks are now, for each class that the object may be of, for the score of the
-detection (as in Mask Scoring R-CNN, arXiv 1903.00241, and like the second look that R-CNNs have).
-Since it runs on a few points of training and on final detections alone, it costs little; where maps
-teach the features that it looks at (:mod:`.maps`), two convolutions of these more.
+says how far it moves. Landmarks see little of what lies between them, so a grid of points in the
+object's box may be among the tokens. That is done in steps with weights of their own: the better
+the landmarks are, the more the features under them say (as in Deep Snake, arXiv 2001.01629).
+Together the tokens say how good the landmarks are now, for each class that the object may be of,
+for the score of the detection (as in Mask Scoring R-CNN, arXiv 1903.00241, and like the second look
+that R-CNNs have). Since it runs on a few points of training and on final detections alone, it costs
+little; where maps teach the features that it looks at (:mod:`.maps`), two convolutions of these
+more.
 
 Letters: N points, V landmarks, C channels, K classes.
 """
@@ -45,6 +47,7 @@ class PolishStep(nn.Module):
         *,
         channels: int = 64,
         num_layers: int = 2,
+        grid: int = 0,
         guided: bool = False,
     ) -> None:
         """
@@ -55,6 +58,7 @@ class PolishStep(nn.Module):
             num_classes: K.
             channels: width of the tokens, a multiple of 4.
             num_layers: of self-attention.
+            grid: rows and columns of the points in the object's box that are looked at, too.
             guided: whether landmarks have maps of their own, which :meth:`forward` gets.
         """
         super().__init__()
@@ -62,7 +66,8 @@ class PolishStep(nn.Module):
         self.appearance = nn.Linear(in_channels, channels)
         self.place = nn.Linear(2, channels)
         self.guidance = nn.Linear(3, channels) if guided else None
-        self.identity = nn.Parameter(torch.randn(num_landmarks, channels) * 0.02)
+        self.identity = nn.Parameter(torch.randn(num_landmarks + grid**2, channels) * 0.02)
+        self.register_buffer("grid", _grid_in_box(grid), persistent=False)
         layer = nn.TransformerEncoderLayer(
             channels, _HEADS, 2 * channels, dropout=0.0, batch_first=True, norm_first=True
         )
@@ -97,25 +102,30 @@ class PolishStep(nn.Module):
         """
         low, high = landmarks.amin(dim=1), landmarks.amax(dim=1)
         size = (high - low).norm(dim=1).clamp(min=1)[:, None, None]
-        place = (landmarks - ((low + high) / 2)[:, None]) / size
+        middle = ((low + high) / 2)[:, None]
+        points = torch.cat([landmarks, middle + (high - low)[:, None] * self.grid], dim=1)
+        place = (points - middle) / size
         sampled = torch.cat(
             [
-                sample_features(feature, stride, image, landmarks)
+                sample_features(feature, stride, image, points)
                 for feature, stride in zip(features, self.strides, strict=True)
             ],
             dim=2,
         )
         tokens = self.appearance(sampled) + self.place(place.to(sampled)) + self.identity
         unit = DISPLACEMENT_UNIT * size
+        count = landmarks.shape[1]
         if maps is not None:
-            heat, way = maps.read(sampled[..., : features[0].shape[1]])
+            heat, way = maps.read(sampled[:, :count, : features[0].shape[1]])
             way = self.strides[0] * way / unit.to(way)
             seen = torch.cat([heat.sigmoid(), way.clamp(-_FAR, _FAR)], dim=2)
-            tokens = tokens + self.guidance(seen)
+            guided = tokens[:, :count] + self.guidance(seen)
+            tokens = torch.cat([guided, tokens[:, count:]], dim=1)
         tokens = self.norm(self.layers(tokens))
-        moves = self.out(tokens)
+        moving = tokens[:, :count]
+        moves = self.out(moving)
         if maps is not None:
-            moves = moves + self.trust(tokens).sigmoid() * way
+            moves = moves + self.trust(moving).sigmoid() * way
         return landmarks + unit * moves.to(landmarks), self.quality(tokens.mean(dim=1))
 
 
@@ -130,16 +140,18 @@ class LandmarkPolish(nn.Module):
         num_classes: int,
         *,
         num_steps: int = 1,
+        grid: int = 0,
         guided: bool = False,
     ) -> None:
         """
         Args:
-            num_landmarks, in_channels, strides, num_classes, guided: see :class:`PolishStep`.
+            num_landmarks, in_channels, strides, num_classes, grid, guided: see
+                :class:`PolishStep`.
             num_steps: at least 1.
         """
         super().__init__()
         self.steps = nn.ModuleList(
-            PolishStep(num_landmarks, in_channels, strides, num_classes, guided=guided)
+            PolishStep(num_landmarks, in_channels, strides, num_classes, grid=grid, guided=guided)
             for _ in range(num_steps)
         )
 
@@ -209,6 +221,12 @@ class Polish(nn.Module):
         return self.branches[name](features, image, landmarks, maps)
 
 
+def _grid_in_box(count: int) -> Tensor:
+    """(count * count, 2): the middles of the cells of a box from -0.5 to 0.5, row by row."""
+    ticks = (torch.arange(count) + 0.5) / max(count, 1) - 0.5
+    return torch.cartesian_prod(ticks, ticks).view(-1, 2).flip(1)
+
+
 def build_polish(
     cfg: CfgNode, shapes: Mapping[str, ShapeSpec], branches: list[LandmarkBranch]
 ) -> Polish | None:
@@ -218,8 +236,8 @@ def build_polish(
         shapes: of the backbone's features.
 
     Raises:
-        ValueError: the backbone has no such feature, there is no step, or the share of the
-            quality is none; the message names the key.
+        ValueError: the backbone has no such feature, or there is no such number of steps, grid, or
+            share of the quality; the message names the key.
     """
     node = cfg.MODEL.LSNET
     names = list(node.POLISH_IN_FEATURES)
@@ -231,6 +249,8 @@ def build_polish(
         )
     if node.POLISH_STEPS < 1:
         raise ValueError(f"MODEL.LSNET.POLISH_STEPS is {node.POLISH_STEPS}; it must be positive")
+    if node.POLISH_GRID < 0:
+        raise ValueError(f"MODEL.LSNET.POLISH_GRID is {node.POLISH_GRID}; it must not be negative")
     if not 0 <= node.QUALITY_SHARE_TEST <= 1:
         raise ValueError(
             f"MODEL.LSNET.QUALITY_SHARE_TEST is {node.QUALITY_SHARE_TEST}; it must be from 0 to 1"
@@ -244,6 +264,7 @@ def build_polish(
             [shapes[name].stride for name in names],
             node.NUM_CLASSES,
             num_steps=node.POLISH_STEPS,
+            grid=node.POLISH_GRID,
             guided=branch in taught and branch.maps.per_landmark,
         )
         for branch in branches

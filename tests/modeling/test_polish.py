@@ -65,8 +65,24 @@ def test_each_step_starts_from_the_one_before():
         torch.testing.assert_close(places, landmarks + number * first, rtol=1e-4, atol=1e-3)
 
 
-def test_every_branch_is_polished():
-    model = polished_model().train()
+@pytest.mark.parametrize("grid, seen", [(0, False), (2, True)])
+def test_the_grid_sees_the_inside_of_the_object(grid, seen):
+    torch.manual_seed(0)
+    polish = PolishStep(4, 8, [1], 3, grid=grid).eval()
+    torch.nn.init.normal_(polish.out.weight)
+    landmarks = torch.tensor([[[10.0, 20.0], [30.0, 20.0], [30.0, 50.0], [10.0, 50.0]]])
+    plain, inside = torch.zeros(1, 8, 60, 60), torch.zeros(1, 8, 60, 60)
+    # x, y of a quarter of the box's sides from its corners
+    inside[0, :, [27, 27, 42, 42], [15, 25, 15, 25]] = 1.0
+    before, after = (polish([feature], torch.tensor([0]), landmarks) for feature in (plain, inside))
+    assert before[0].shape == (1, 4, 2)
+    for one, other in zip(before, after, strict=True):
+        assert ((one - other).abs().max() > 1e-3) == seen
+
+
+@pytest.mark.parametrize("grid", [0, 3])
+def test_every_branch_is_polished(grid):
+    model = polished_model(POLISH_GRID=grid, KEYPOINT_MAPS=True).train()
     losses = losses_of(model, [make_input(BOXES, [0, 1, 2]), make_input(BOXES[:1], [1])])
     for branch in ("bbox", "segm", "pose"):
         assert losses[f"loss_{branch}_polish"] > 0 and losses[f"loss_{branch}_quality"] > 0
@@ -141,6 +157,8 @@ def test_unknown_features_are_named():
         tiny_model(POLISH_IN_FEATURES=["p2"])
     with pytest.raises(ValueError, match="POLISH_STEPS is 0"):
         polished_model(POLISH_STEPS=0)
+    with pytest.raises(ValueError, match="POLISH_GRID is -1"):
+        polished_model(POLISH_GRID=-1)
 
 
 def test_scores_join_class_and_quality():
