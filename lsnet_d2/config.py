@@ -68,9 +68,9 @@ def add_lsnet_config(cfg: CN) -> None:
     # Where there are contours, let maps teach the first of these features, after two convolutions:
     # of each cell the classes that cover it, and where the nearest outline is.
     cfg.MODEL.LSNET.OUTLINE_MAPS = True
-    # Where there are keypoints, likewise: which are in a cell, and where the nearest of each kind
-    # is. The third stage reads these maps at its landmarks.
-    cfg.MODEL.LSNET.KEYPOINT_MAPS = False
+    # Give each kind of keypoint a map, on which the third stage seeks it around the place where it
+    # was taken to be.
+    cfg.MODEL.LSNET.KEYPOINT_SEARCH = False
 
     # The third stage also predicts how good its landmarks are, as those of each class. Scores of
     # detections are the class's to the power of 1 - share, times the predicted quality to the power
@@ -98,10 +98,10 @@ def add_lsnet_config(cfg: CN) -> None:
     # Those of the third stage, of its landmarks and of the quality that it predicts for them.
     cfg.MODEL.LSNET.POLISH_LOSS_WEIGHT = 0.5
     cfg.MODEL.LSNET.QUALITY_LOSS_WEIGHT = 0.25
-    # Those of the maps of outlines, of what covers a cell and of where an outline is, and those of
-    # keypoints, of where they are and of the way to them.
+    # That of the search for keypoints.
+    cfg.MODEL.LSNET.SEARCH_LOSS_WEIGHT = 0.25
+    # Those of the maps of outlines, of what covers a cell and of where an outline is.
     cfg.MODEL.LSNET.OUTLINE_MAPS_LOSS_WEIGHTS = [4.0, 0.5]
-    cfg.MODEL.LSNET.KEYPOINT_MAPS_LOSS_WEIGHTS = [0.25, 0.5]
     # Weights of the losses of corner verification: heat maps, offsets, semantic map.
     cfg.MODEL.LSNET.CPV_LOSS_WEIGHTS = [0.25, 1.0, 0.1]
     # What an object without a labelled keypoint teaches the pose. False: nothing. True: the

@@ -25,7 +25,7 @@ JOINT = {
     "TASK": "joint",
     "BRANCHES": ["extreme", "contour", "keypoint"],
     "POLISH_IN_FEATURES": ["p3", "p4"],
-    "KEYPOINT_MAPS": True,
+    "KEYPOINT_SEARCH": True,
     "TOWER_CONV": "conv",
 }
 MODELS = {"bbox": {}, "corners": {"CPV": True}, "segm": {"TASK": "segm"}, "joint": JOINT}

@@ -15,7 +15,6 @@ from torch import Tensor
 from ..data.keypoints import keypoint_flip_indices
 from ..structures import ContourMasks
 from ..tasks import branch_weights
-from .keypoint_maps import KeypointMaps
 from .landmarks import LandmarkBranch, LandmarkTargets, clip_points, span_boxes, spread_indices
 from .losses import box_penalty, cross_iou, cross_iou_grouped, cross_iou_per_coordinate
 from .outlines import OutlineMaps
@@ -189,7 +188,7 @@ class KeypointBranch(LandmarkBranch):
     name = "pose"
     pred_field = "pred_keypoints"
     score_field = "pose_scores"
-    maps = KeypointMaps
+    sought = True
     # Of COCO's 17 the released code samples at the left ones; its checkpoints depend on it.
     _SAMPLING = {17: [1, 3, 5, 7, 9, 11, 13, 15]}
 
@@ -225,14 +224,6 @@ class KeypointBranch(LandmarkBranch):
             "classes": cfg.MODEL.LSNET.KEYPOINT_CLASSES,
             "train_unlabelled": cfg.MODEL.LSNET.TRAIN_UNLABELLED_POSES,
         }
-
-    def build_maps(self, cfg: CfgNode, channels: int, stride: int) -> KeypointMaps:
-        return KeypointMaps(
-            channels=channels,
-            num_keypoints=self.num_landmarks,
-            stride=stride,
-            loss_weights=cfg.MODEL.LSNET.KEYPOINT_MAPS_LOSS_WEIGHTS,
-        )
 
     def unknown(self, targets: LandmarkTargets, classes: Tensor) -> Tensor:
         return ~targets.visible.any(dim=1) & self._have_keypoints(classes)

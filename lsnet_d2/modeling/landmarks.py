@@ -83,6 +83,7 @@ class LandmarkBranch(ABC):
             sampled too, and what is missing to nine points are free, learned displacements.
         pred_field: field of ``Instances`` that holds the predicted landmarks.
         maps: the :class:`.LandmarkMaps` of such landmarks, if there are any.
+        sought: whether each landmark is a place of its own, which can be sought (:mod:`.search`).
         score_field: field that holds their scores; "scores" are those of the detections.
     """
 
@@ -90,6 +91,7 @@ class LandmarkBranch(ABC):
     pred_field: str
     score_field = "scores"
     maps: type | None = None
+    sought = False
 
     def __init__(
         self,

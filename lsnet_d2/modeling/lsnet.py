@@ -259,7 +259,7 @@ class LSNet(DenseDetector):
         image = torch.zeros_like(scores, dtype=torch.long)
         moved, moved_scores = [], []
         for branch, places in zip(self.branches, landmarks, strict=True):
-            places, quality = self.polish(branch.name, fine, image, places)[-1]
+            places, quality, _ = self.polish(branch.name, fine, image, places)[-1]
             quality = quality.float().sigmoid().gather(1, classes[:, None])[:, 0]
             moved.append(places)
             moved_scores.append(

@@ -27,13 +27,10 @@ class LandmarkMaps(nn.Module, ABC):
         key: ``MODEL.LSNET.{key}`` says whether there are maps, ``{key}_LOSS_WEIGHTS`` how much each
             of their losses counts.
         loss_names: of the losses.
-        per_landmark: whether each landmark has maps of its own. They guide the third stage, which
-            calls :meth:`read`, and whose loss trains them as well.
     """
 
     key: str
     loss_names: tuple[str, ...]
-    per_landmark = False
 
     def __init__(self, stride: int, loss_weights: Sequence[float]) -> None:
         """
@@ -81,19 +78,6 @@ class LandmarkMaps(nn.Module, ABC):
             classes: per image (G,), theirs.
             known: (B, H, W) bool, cells that count.
         """
-
-    def read(self, sampled: Tensor) -> tuple[Tensor, Tensor]:
-        """What the maps of each landmark say at its place, where each has its own.
-
-        Args:
-            sampled: (N, V, C), the feature at the landmarks of N points. (Maps are linear in it, so
-                that this is what would be sampled of the maps.)
-
-        Returns:
-            Logits (N, V, 1) of the landmark being there, and displacements (N, V, 2) to it, as x, y
-            in cells.
-        """
-        raise NotImplementedError
 
 
 def known_cells(

@@ -16,6 +16,7 @@ Letters: N points, V landmarks, C channels, K classes.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from detectron2.config import CfgNode
@@ -23,16 +24,32 @@ from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
 from ..layers import sample_features
-from .blocks import ConvNormAct, set_prior
+from .blocks import ConvNormAct, same_conv, set_prior
 from .landmarks import DISPLACEMENT_UNIT, LandmarkBranch
 from .maps import LandmarkMaps
+from .search import LandmarkSearch, Sought
 
 _HEADS = 4
 _QUALITY_BEFORE_TRAINING = 0.2
-# Of what maps say, in units of displacement: who is further away learns no more from it.
-_FAR = 5.0
+# How far landmarks are sought, in sizes of the object; in each further step half as far.
+_REACH = 0.3
 # On the finest features, where there are maps.
 _NUM_CONVS = 2
+
+
+class Polished(NamedTuple):
+    """What a step makes of N points.
+
+    Attributes:
+        landmarks: (N, V, 2), moved.
+        quality: (N, K) as logits: that of landmarks of an object of each class, 0 if it is of
+            another; see :meth:`.LandmarkBranch.quality`.
+        sought: where the landmarks were found, if they were sought.
+    """
+
+    landmarks: Tensor
+    quality: Tensor
+    sought: Sought | None
 
 
 class PolishStep(nn.Module):
@@ -48,7 +65,7 @@ class PolishStep(nn.Module):
         channels: int = 64,
         num_layers: int = 2,
         grid: int = 0,
-        guided: bool = False,
+        reach: float = 0.0,
     ) -> None:
         """
         Args:
@@ -59,13 +76,14 @@ class PolishStep(nn.Module):
             channels: width of the tokens, a multiple of 4.
             num_layers: of self-attention.
             grid: rows and columns of the points in the object's box that are looked at, too.
-            guided: whether landmarks have maps of their own, which :meth:`forward` gets.
+            reach: how far landmarks are sought, in sizes of the object; 0: they are not.
         """
         super().__init__()
         self.strides = strides
         self.appearance = nn.Linear(in_channels, channels)
         self.place = nn.Linear(2, channels)
-        self.guidance = nn.Linear(3, channels) if guided else None
+        self.search = LandmarkSearch(num_landmarks, reach) if reach else None
+        self.guidance = nn.Linear(3, channels) if reach else None
         self.identity = nn.Parameter(torch.randn(num_landmarks + grid**2, channels) * 0.02)
         self.register_buffer("grid", _grid_in_box(grid), persistent=False)
         layer = nn.TransformerEncoderLayer(
@@ -74,7 +92,7 @@ class PolishStep(nn.Module):
         self.layers = nn.TransformerEncoder(layer, num_layers, enable_nested_tensor=False)
         self.norm = nn.LayerNorm(channels)
         self.out = nn.Linear(channels, 2)
-        self.trust = nn.Linear(channels, 1) if guided else None
+        self.trust = nn.Linear(channels, 1) if reach else None
         self.quality = nn.Linear(channels, num_classes)
         set_prior(self.quality, _QUALITY_BEFORE_TRAINING)
         # At first nothing moves.
@@ -86,19 +104,14 @@ class PolishStep(nn.Module):
         features: list[Tensor],
         image: Tensor,
         landmarks: Tensor,
-        maps: LandmarkMaps | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        maps: Tensor | None = None,
+    ) -> Polished:
         """
         Args:
             features: per stride (B, C, H, W).
             image: (N,), in which image the points are.
             landmarks: (N, V, 2) in pixels of the network's input.
-            maps: of the landmarks, on the first of the features.
-
-        Returns:
-            The moved landmarks (N, V, 2), and their quality (N, K) as logits: that of
-            landmarks of an object of each class, 0 if it is of another; see
-            :meth:`.LandmarkBranch.quality`.
+            maps: (B, V, H, W), on which they are sought; of the first stride.
         """
         low, high = landmarks.amin(dim=1), landmarks.amax(dim=1)
         size = (high - low).norm(dim=1).clamp(min=1)[:, None, None]
@@ -113,20 +126,21 @@ class PolishStep(nn.Module):
             dim=2,
         )
         tokens = self.appearance(sampled) + self.place(place.to(sampled)) + self.identity
-        unit = DISPLACEMENT_UNIT * size
         count = landmarks.shape[1]
-        if maps is not None:
-            heat, way = maps.read(sampled[:, :count, : features[0].shape[1]])
-            way = self.strides[0] * way / unit.to(way)
-            seen = torch.cat([heat.sigmoid(), way.clamp(-_FAR, _FAR)], dim=2)
+        sought = way = None
+        if self.search is not None:
+            sought = self.search(maps, self.strides[0], image, landmarks, size)
+            way = sought.way() / DISPLACEMENT_UNIT
+            seen = torch.cat([sought.certainty(), way], dim=2).to(tokens)
             guided = tokens[:, :count] + self.guidance(seen)
             tokens = torch.cat([guided, tokens[:, count:]], dim=1)
         tokens = self.norm(self.layers(tokens))
         moving = tokens[:, :count]
         moves = self.out(moving)
-        if maps is not None:
+        if way is not None:
             moves = moves + self.trust(moving).sigmoid() * way
-        return landmarks + unit * moves.to(landmarks), self.quality(tokens.mean(dim=1))
+        moved = landmarks + DISPLACEMENT_UNIT * size * moves.to(landmarks)
+        return Polished(moved, self.quality(tokens.mean(dim=1)), sought)
 
 
 class LandmarkPolish(nn.Module):
@@ -141,18 +155,25 @@ class LandmarkPolish(nn.Module):
         *,
         num_steps: int = 1,
         grid: int = 0,
-        guided: bool = False,
+        sought: bool = False,
     ) -> None:
         """
         Args:
-            num_landmarks, in_channels, strides, num_classes, grid, guided: see
-                :class:`PolishStep`.
+            num_landmarks, in_channels, strides, num_classes, grid: see :class:`PolishStep`.
             num_steps: at least 1.
+            sought: whether landmarks are sought.
         """
         super().__init__()
         self.steps = nn.ModuleList(
-            PolishStep(num_landmarks, in_channels, strides, num_classes, grid=grid, guided=guided)
-            for _ in range(num_steps)
+            PolishStep(
+                num_landmarks,
+                in_channels,
+                strides,
+                num_classes,
+                grid=grid,
+                reach=sought * _REACH / 2**step,
+            )
+            for step in range(num_steps)
         )
 
     def forward(
@@ -160,20 +181,19 @@ class LandmarkPolish(nn.Module):
         features: list[Tensor],
         image: Tensor,
         landmarks: Tensor,
-        maps: LandmarkMaps | None = None,
-    ) -> list[tuple[Tensor, Tensor]]:
+        maps: Tensor | None = None,
+    ) -> list[Polished]:
         """
         Args:
             features, image, landmarks, maps: see :meth:`PolishStep.forward`.
 
         Returns:
-            The landmarks after each step and their quality. No gradient flows from a step to those
-            before.
+            What each step makes of them. No gradient flows from a step to those before.
         """
         moved = []
         for step in self.steps:
             moved.append(step(features, image, landmarks, maps))
-            landmarks = moved[-1][0].detach()
+            landmarks = moved[-1].landmarks.detach()
         return moved
 
 
@@ -183,6 +203,7 @@ class Polish(nn.Module):
     Attributes:
         branches: what moves the landmarks of each branch, by its name.
         maps: of the branches that have any, what they teach the finest features.
+        sought: of those whose landmarks are sought, what makes the maps of these.
     """
 
     def __init__(
@@ -191,18 +212,20 @@ class Polish(nn.Module):
         branches: Mapping[str, LandmarkPolish],
         convs: Sequence[nn.Module] = (),
         maps: Mapping[str, LandmarkMaps] | None = None,
+        sought: Mapping[str, nn.Module] | None = None,
     ) -> None:
         """
         Args:
             in_features: names of the feature maps that are looked at, finest first.
             convs: what the finest goes through before.
-            branches, maps: see the class.
+            branches, maps, sought: see the class.
         """
         super().__init__()
         self.in_features = list(in_features)
         self.branches = nn.ModuleDict(branches)
         self.convs = nn.Sequential(*convs)
         self.maps = nn.ModuleDict(maps or {})
+        self.sought = nn.ModuleDict(sought or {})
 
     def features(self, features: Mapping[str, Tensor]) -> list[Tensor]:
         """The maps to look at, each (B, C, H, W), from those of the backbone."""
@@ -211,13 +234,13 @@ class Polish(nn.Module):
 
     def forward(
         self, name: str, features: list[Tensor], image: Tensor, landmarks: Tensor
-    ) -> list[tuple[Tensor, Tensor]]:
+    ) -> list[Polished]:
         """As :meth:`LandmarkPolish.forward`, of the branch of this name.
 
         Args:
             features: of :meth:`features`.
         """
-        maps = self.maps[name] if name in self.maps and self.maps[name].per_landmark else None
+        maps = self.sought[name](features[0]) if name in self.sought else None
         return self.branches[name](features, image, landmarks, maps)
 
 
@@ -257,6 +280,7 @@ def build_polish(
         )
     finest = shapes[names[0]]
     taught = [b for b in branches if b.maps is not None and node[b.maps.key]]
+    sought = [b for b in branches if b.sought and node.KEYPOINT_SEARCH]
     polished = {
         branch.name: LandmarkPolish(
             branch.num_landmarks,
@@ -265,11 +289,12 @@ def build_polish(
             node.NUM_CLASSES,
             num_steps=node.POLISH_STEPS,
             grid=node.POLISH_GRID,
-            guided=branch in taught and branch.maps.per_landmark,
+            sought=branch in sought,
         )
         for branch in branches
     }
-    num_convs = _NUM_CONVS if taught else 0
+    num_convs = _NUM_CONVS if taught or sought else 0
     convs = [ConvNormAct(finest.channels, finest.channels) for _ in range(num_convs)]
     maps = {b.name: b.build_maps(cfg, finest.channels, finest.stride) for b in taught}
-    return Polish(names, polished, convs, maps)
+    sought_maps = {b.name: same_conv(finest.channels, b.num_landmarks, 1) for b in sought}
+    return Polish(names, polished, convs, maps, sought_maps)

@@ -30,13 +30,19 @@ class PolishCriterion:
 
     @configurable
     def __init__(
-        self, *, positives: int = 0, decoys: int = 0, quality_loss_weight: float = 0.25
+        self,
+        *,
+        positives: int = 0,
+        decoys: int = 0,
+        quality_loss_weight: float = 0.25,
+        search_loss_weight: float = 0.25,
     ) -> None:
         """
         Args:
             positives: anchor points of each object, chosen at random; 0: all of the refine stage.
             decoys: of each image, at most.
-            quality_loss_weight: beside the branches' own weights, of their landmarks.
+            quality_loss_weight, search_loss_weight: beside the branches' own weights, of their
+                landmarks.
 
         Raises:
             ValueError: a number is negative; the message names the config's key.
@@ -47,6 +53,7 @@ class PolishCriterion:
         self.positives = positives
         self.decoys = decoys
         self.quality_loss_weight = quality_loss_weight
+        self.search_loss_weight = search_loss_weight
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
@@ -54,6 +61,7 @@ class PolishCriterion:
             "positives": cfg.MODEL.LSNET.POLISH_POSITIVES,
             "decoys": cfg.MODEL.LSNET.POLISH_DECOYS,
             "quality_loss_weight": cfg.MODEL.LSNET.QUALITY_LOSS_WEIGHT,
+            "search_loss_weight": cfg.MODEL.LSNET.SEARCH_LOSS_WEIGHT,
         }
 
     def __call__(
@@ -193,8 +201,11 @@ class PolishCriterion:
         targets = samples.targets[positives.object]
         owned = torch.nonzero(owner >= 0).squeeze(1)
         owner = owner[owned]
-        displacement, judgement = [], []
-        for moved, logits in polish(branch.name, fine, image, landmarks):
+        displacement, judgement, search = [], [], []
+        for moved, logits, sought in polish(branch.name, fine, image, landmarks):
+            if sought is not None:
+                found = sought[:count].loss(targets.landmarks, targets.visible)
+                search.append(found.sum())
             displacement.append(branch.displacement_loss(moved[:count], targets).sum())
             quality = torch.zeros_like(logits, dtype=torch.float32)
             reached = branch.quality(moved[owned].detach(), samples.targets[owner])
@@ -207,7 +218,9 @@ class PolishCriterion:
             for name, weight, losses in (
                 ("polish", branch.loss_weights["polish"], displacement),
                 ("quality", self.quality_loss_weight, judgement),
+                ("search", self.search_loss_weight, search),
             )
+            if losses
         }
 
 

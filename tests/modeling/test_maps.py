@@ -11,12 +11,9 @@ LSNET = {
     "BRANCHES": ["extreme", "contour", "keypoint"],
     "POLISH_IN_FEATURES": ["p3", "p4"],
     "OUTLINE_MAPS": True,
-    "KEYPOINT_MAPS": True,
+    "KEYPOINT_SEARCH": True,
 }
-NAMES = {
-    "OUTLINE_MAPS": ["loss_covering", "loss_outline"],
-    "KEYPOINT_MAPS": ["loss_heat", "loss_way"],
-}
+NAMES = ["loss_covering", "loss_outline"]
 
 
 def losses_of(**lsnet):
@@ -42,23 +39,25 @@ def test_mean_of_what_counts():
     assert at_least_one(torch.tensor(0)) == 1 and at_least_one(torch.tensor(7)) == 7
 
 
-@pytest.mark.parametrize("key", NAMES)
-def test_weights_of_the_losses(key):
-    once, other = losses_of(), losses_of(**{f"{key}_LOSS_WEIGHTS": [8.0, 0.0]})
-    first, second = NAMES[key]
-    default = tiny_cfg().MODEL.LSNET[f"{key}_LOSS_WEIGHTS"][0]
+def test_weights_of_the_losses():
+    key = "OUTLINE_MAPS_LOSS_WEIGHTS"
+    once, other = losses_of(), losses_of(**{key: [8.0, 0.0]})
+    first, second = NAMES
+    default = tiny_cfg().MODEL.LSNET[key][0]
     assert other.pop(first) == pytest.approx(8 / default * once.pop(first))
     assert other.pop(second) == 0 and once.pop(second) > 0
     assert other == pytest.approx(once)
-    with pytest.raises(
-        ValueError, match=rf"MODEL.LSNET.{key}_LOSS_WEIGHTS is \[1.0\]; .* 2 values"
-    ):
-        tiny_model(**LSNET, **{f"{key}_LOSS_WEIGHTS": [1.0]})
+    with pytest.raises(ValueError, match=rf"MODEL.LSNET.{key} is \[1.0\]; .* 2 values"):
+        tiny_model(**LSNET, **{key: [1.0]})
 
 
-@pytest.mark.parametrize("key", NAMES)
-def test_either_can_be_left_out(key):
-    assert losses_of().keys() - losses_of(**{key: False}).keys() == set(NAMES[key])
-    without = tiny_model(**{**LSNET, **dict.fromkeys(NAMES, False)})
-    assert len(without.polish.convs) == 0
-    assert len(tiny_model(**{**LSNET, key: False}).polish.convs) == 2
+def test_maps_can_be_left_out():
+    assert losses_of().keys() - losses_of(OUTLINE_MAPS=False).keys() == set(NAMES)
+
+
+@pytest.mark.parametrize(
+    "maps, search, convs", [(False, False, 0), (True, False, 2), (False, True, 2)]
+)
+def test_convolutions_where_maps_or_the_search_use_them(maps, search, convs):
+    model = tiny_model(**{**LSNET, "OUTLINE_MAPS": maps, "KEYPOINT_SEARCH": search})
+    assert len(model.polish.convs) == convs

@@ -9,6 +9,7 @@ from lsnet_d2.modeling.branches import ExtremeBranch
 from lsnet_d2.modeling.head import HeadOutput
 from lsnet_d2.modeling.landmarks import LandmarkTargets
 from lsnet_d2.modeling.points import make_anchor_points
+from lsnet_d2.modeling.polish import Polished
 from lsnet_d2.modeling.polish_criterion import PolishCriterion, few_of_each, few_samples
 from lsnet_d2.modeling.samples import BranchSamples, GroundTruth, Matches
 from lsnet_d2.modeling.vectors import encode_vectors
@@ -90,7 +91,7 @@ class TestLosses:
             assert name == "bbox"
             torch.testing.assert_close(found, self.start.expand(4, 4, 2))
             moved = torch.cat([self.landmarks, found[1:]])
-            return [(found, torch.zeros(4, 3)), (moved, torch.zeros(4, 3))]
+            return [Polished(x, torch.zeros(4, 3), None) for x in (found, moved)]
 
         losses = self.losses(matches([10, 20], [0, -1]), polish)
         # 5 pixels are a unit: top and bottom are off across their sides, left and right along them
@@ -109,7 +110,9 @@ class TestLosses:
         def loss(told):
             logits = told.clamp(1e-4, 1 - 1e-4).logit().requires_grad_()
             moved = torch.cat([self.landmarks, self.start.expand(3, 4, 2)])
-            found = self.losses(matches([10, 20], [0, -1]), lambda *_: [(moved, logits)])
+            found = self.losses(
+                matches([10, 20], [0, -1]), lambda *_: [Polished(moved, logits, None)]
+            )
             return found["loss_bbox_quality"].item()
 
         least = loss(quality)
@@ -128,7 +131,7 @@ class TestLosses:
         step = torch.nn.Linear(2, 3)
 
         def polish(name, fine, image, found):
-            return [(found, step(found.mean(dim=1)))]
+            return [Polished(found, step(found.mean(dim=1)), None)]
 
         losses = self.losses(matches([10, 20], [-1, -1]), polish)
         assert losses["loss_bbox_polish"] == 0

@@ -1,0 +1,118 @@
+"""The search for a landmark in a window around the place where it is taken to be.
+
+Every landmark has a map that says of each place how much it looks like this landmark. The map is
+read on a lattice around the place, which is as large as the object is, so that a softmax over it
+says where in the window the landmark is. Where in the window it usually is, is learned too. (Mask
+R-CNN, arXiv 1703.06870, finds keypoints by a softmax over a region. There each region has maps of
+its own; here all objects share them, and the place where a landmark is sought tells whose it is.)
+
+Letters: B images, N points, V landmarks, K rows and columns of a lattice, (H, W) the size of a map.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..layers.bilinear import bilinear_corners
+
+_COUNT = 11
+
+
+@dataclass
+class Sought:
+    """What the search says.
+
+    Attributes:
+        logits: (N, V, K * K), of the landmark being at each place of the lattice.
+        start: (N, V, 2), the middle of the window.
+        size: (N, 1, 1), that of the object, in pixels.
+        lattice: (K * K, 2) as x, y, in sizes from the middle; row by row.
+    """
+
+    logits: Tensor
+    start: Tensor
+    size: Tensor
+    lattice: Tensor
+
+    def __getitem__(self, index: slice | Tensor) -> "Sought":
+        return Sought(self.logits[index], self.start[index], self.size[index], self.lattice)
+
+    def way(self) -> Tensor:
+        """(N, V, 2): where the landmark is expected, in sizes from the middle."""
+        return self.logits.softmax(dim=2) @ self.lattice
+
+    def certainty(self) -> Tensor:
+        """(N, V, 1): the largest probability."""
+        return self.logits.softmax(dim=2).amax(dim=2, keepdim=True)
+
+    def loss(self, landmarks: Tensor, visible: Tensor) -> Tensor:
+        """(N,): cross-entropy, the mean over the visible landmarks that are in their windows.
+
+        A place between those of the lattice is shared by the four around it.
+
+        Args:
+            landmarks: (N, V, 2), where they are.
+            visible: (N, V) bool, whose places are known.
+        """
+        count = round(len(self.lattice) ** 0.5)
+        low, high = self.lattice[0], self.lattice[-1]
+        place = (landmarks - self.start) / self.size
+        cell = (place - low) / (high - low) * (count - 1)
+        inside = (visible & (cell >= 0).all(-1) & (cell <= count - 1).all(-1)).to(place)
+        x, y = cell.clamp(0, count - 1).unbind(-1)
+        index, weight = bilinear_corners(y, x, count, count)
+        of_corners = self.logits.log_softmax(dim=2).gather(2, index.long())
+        loss = -(weight * of_corners).sum(2) * inside
+        return loss.sum(1) / inside.sum(1).clamp(min=1)
+
+
+class LandmarkSearch(nn.Module):
+    def __init__(self, num_landmarks: int, reach: float) -> None:
+        """
+        Args:
+            num_landmarks: V.
+            reach: from the middle of the window to its sides, in sizes of the object.
+        """
+        super().__init__()
+        ticks = torch.linspace(-reach, reach, _COUNT)
+        lattice = torch.cartesian_prod(ticks, ticks).flip(1)
+        self.register_buffer("lattice", lattice, persistent=False)
+        # At first it is most likely in the middle.
+        prior = -2 * (lattice / reach).square().sum(1)
+        self.prior = nn.Parameter(prior.repeat(num_landmarks, 1))
+
+    def forward(
+        self, maps: Tensor, stride: int, image: Tensor, landmarks: Tensor, size: Tensor
+    ) -> Sought:
+        """
+        Args:
+            maps: (B, V, H, W), logits.
+            stride: of the maps.
+            image: (N,), in which image the points are.
+            landmarks: (N, V, 2) in pixels, where they are taken to be.
+            size: (N, 1, 1) in pixels.
+        """
+        places = landmarks[:, :, None] + size[..., None] * self.lattice
+        logits = sample_own_maps(maps, stride, image, places).float() + self.prior
+        return Sought(logits, landmarks, size, self.lattice)
+
+
+def sample_own_maps(maps: Tensor, stride: int, image: Tensor, points: Tensor) -> Tensor:
+    """Each landmark's own map at places of the images, interpolated; zero outside.
+
+    Args:
+        maps: (B, V, H, W), cell (i, j) lying at x = j * stride, y = i * stride.
+        image: (N,), in which image the points are.
+        points: (N, V, P, 2) as x, y in pixels.
+
+    Returns:
+        (N, V, P).
+    """
+    number, height, width = maps.shape[1:]
+    x, y = (points / stride).unbind(-1)
+    pixel, weight = bilinear_corners(y, x, height, width)
+    own = image[:, None] * number + torch.arange(number, device=maps.device)
+    index = own[:, :, None, None] * (height * width) + pixel
+    values = maps.flatten().gather(0, index.flatten()).view(index.shape)
+    return (values * weight.to(values)).sum(-1)

@@ -1,0 +1,179 @@
+import math
+
+import pytest
+import torch
+from detectron2.utils.events import EventStorage
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_model import make_input, tiny_model
+
+from lsnet_d2.layers import sample_features
+from lsnet_d2.modeling.polish import LandmarkPolish
+from lsnet_d2.modeling.search import LandmarkSearch, Sought, sample_own_maps
+
+STRIDE = 4
+BOXES = [[10, 12, 60, 70], [70, 20, 120, 90], [30, 40, 44, 60]]
+LSNET = {
+    "TASK": "pose_bbox",
+    "NUM_KEYPOINTS": 5,
+    "POLISH_IN_FEATURES": ["p3", "p4"],
+    "KEYPOINT_SEARCH": True,
+}
+
+
+def peak(x, y, height=12, width=20, value=20.0):
+    """A map with one cell that stands out."""
+    single = torch.zeros(height, width)
+    single[y // STRIDE, x // STRIDE] = value
+    return single
+
+
+def test_each_landmark_reads_its_own_map():
+    torch.manual_seed(0)
+    maps, image = torch.randn(2, 3, 9, 14), torch.tensor([0, 1, 1, 0])
+    points = torch.rand(4, 3, 5, 2) * 80 - 10  # beyond the border, too
+    found = sample_own_maps(maps, STRIDE, image, points)
+    every = sample_features(maps, STRIDE, image, points.flatten(1, 2)).view(4, 3, 5, 3)
+    torch.testing.assert_close(found, torch.stack([every[:, v, :, v] for v in range(3)], 1))
+
+
+@pytest.mark.parametrize("size, seen", [(40.0, True), (12.0, False)])
+def test_a_landmark_is_found_within_reach_of_the_object_s_size(size, seen):
+    search = LandmarkSearch(2, reach=0.25)
+    maps = torch.stack([peak(48, 24), peak(40, 16)])[None]
+    start = torch.tensor([[[40.0, 24.0], [40.0, 24.0]]])  # 8 pixels beside the peaks
+    sought = search(maps, STRIDE, torch.tensor([0]), start, torch.full((1, 1, 1), size))
+    expected = torch.tensor([[[8.0, 0.0], [0.0, -8.0]]]) / size * seen
+    torch.testing.assert_close(sought.way(), expected, atol=0.03, rtol=0)
+    assert (sought.certainty().min() > 0.5) == seen
+
+
+def test_it_searches_in_the_landmarks_own_image():
+    search = LandmarkSearch(1, reach=0.25)
+    maps = torch.stack([peak(40, 24), peak(48, 24)])[:, None]
+    start, size = torch.full((2, 1, 2), 40.0), torch.full((2, 1, 1), 40.0)
+    start[..., 1] = 24.0
+    way = search(maps, STRIDE, torch.tensor([1, 0]), start, size).way()
+    torch.testing.assert_close(way[:, 0, 0] * 40, torch.tensor([8.0, 0.0]), atol=1.0, rtol=0)
+
+
+def test_nothing_is_found_where_nothing_is_known():
+    """The middle of the window is as good as its surroundings on all sides."""
+    sought = LandmarkSearch(3, reach=0.3)(
+        torch.zeros(1, 3, 9, 14),
+        STRIDE,
+        torch.tensor([0, 0]),
+        torch.rand(2, 3, 2) * 30,
+        torch.full((2, 1, 1), 30.0),
+    )
+    torch.testing.assert_close(sought.way(), torch.zeros(2, 3, 2), atol=1e-6, rtol=0)
+
+
+def sought_of(logits, size=10.0, reach=0.25, count=11):
+    ticks = torch.linspace(-reach, reach, count)
+    lattice = torch.cartesian_prod(ticks, ticks).flip(1)
+    return Sought(logits, torch.zeros(*logits.shape[:2], 2), torch.full((1, 1, 1), size), lattice)
+
+
+def test_loss_is_the_cross_entropy_of_the_places_around():
+    torch.manual_seed(0)
+    sought = sought_of(torch.randn(1, 1, 121))
+    log_probs = sought.logits.log_softmax(2)[0, 0].view(11, 11)
+
+    def loss(x, y, visible=True):
+        """Of a landmark x columns and y rows of the lattice from the middle."""
+        place = torch.tensor([[[x, y]]]) * 0.5
+        return sought.loss(place, torch.tensor([[visible]])).item()
+
+    assert loss(0.0, 0.0) == pytest.approx(-log_probs[5, 5].item())
+    assert loss(3.0, -2.0) == pytest.approx(-log_probs[3, 8].item())
+    assert loss(5.0, 5.0) == pytest.approx(-log_probs[10, 10].item())
+    four = -(0.75 * log_probs[5, 5:7] + 0.25 * log_probs[6, 5:7]) @ torch.tensor([0.5, 0.5])
+    assert loss(0.5, 0.25) == pytest.approx(four.item())
+    assert loss(5.1, 0.0) == loss(0.0, -5.1) == 0  # out of the window
+    assert loss(0.0, 0.0, visible=False) == 0
+
+
+def test_loss_is_the_mean_over_the_landmarks_that_count():
+    torch.manual_seed(0)
+    sought = sought_of(torch.randn(2, 3, 121))
+    places = torch.rand(2, 3, 2) * 4 - 2
+    visible = torch.tensor([[True, True, False], [False, False, False]])
+    alone = [
+        sought_of(sought.logits[:1, v : v + 1]).loss(
+            places[:1, v : v + 1], torch.ones(1, 1, dtype=torch.bool)
+        )
+        for v in (0, 1)
+    ]
+    expected = torch.stack([torch.stack(alone).mean(), torch.tensor(0.0)])
+    torch.testing.assert_close(sought.loss(places, visible), expected)
+
+
+@given(st.integers(0, 10_000), st.floats(0.5, 4.0))
+def test_search_scales_with_the_object(seed, scale):
+    """An object and its map, magnified, are searched the same way."""
+    generator = torch.Generator().manual_seed(seed)
+    search = LandmarkSearch(2, reach=0.3)
+    maps = torch.randn(1, 2, 9, 14, generator=generator)
+    start = torch.rand(1, 2, 2, generator=generator) * 30
+    image, size = torch.tensor([0]), torch.full((1, 1, 1), 25.0)
+    once = search(maps, 4.0, image, start, size).way()
+    magnified = search(maps, 4.0 * scale, image, start * scale, size * scale).way()
+    torch.testing.assert_close(once, magnified, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("trust, share", [(30.0, 1), (-30.0, 0)])
+def test_the_third_stage_goes_where_a_landmark_was_found(trust, share):
+    polish = LandmarkPolish(2, 64, [STRIDE], 1, sought=True)
+    torch.nn.init.zeros_(polish.steps[0].trust.weight)
+    torch.nn.init.constant_(polish.steps[0].trust.bias, trust)
+    maps = torch.stack([peak(48, 24), peak(40, 16)])[None]
+    landmarks = torch.tensor([[[44.0, 24.0], [36.0, 12.0]]])
+    (moved,) = polish([torch.zeros(1, 64, 12, 20)], torch.tensor([0]), landmarks, maps)
+    expected = landmarks + share * moved.sought.way() * math.hypot(8, 12)
+    torch.testing.assert_close(moved.landmarks, expected)
+    if share:
+        peaks = torch.tensor([[[48.0, 24.0], [40.0, 16.0]]])
+        assert (moved.landmarks - peaks).norm(dim=2).max() < 2.5
+
+
+def test_later_steps_search_closer():
+    steps = LandmarkPolish(2, 64, [STRIDE], 1, num_steps=3, sought=True).steps
+    reaches = [step.search.lattice.max().item() for step in steps]
+    assert reaches == pytest.approx([0.3, 0.15, 0.075])
+
+
+def test_losses_and_gradients_of_a_model():
+    model = tiny_model(**LSNET).train()
+    with EventStorage():
+        losses = model([make_input(BOXES, [0, 1, 2]), make_input(BOXES[:1], [1])])
+    # Before training all places of a window are about as likely as the prior says.
+    assert 0 < losses["loss_pose_search"] < 0.25 * math.log(121)
+    assert "loss_bbox_search" not in losses
+    sum(losses.values()).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+    assert model.polish.sought["pose"].weight.grad.abs().max() > 0
+
+
+def test_search_learns_where_a_landmark_looks_alike():
+    """A keypoint that is always at the one bright cell, and never where it is sought first."""
+    torch.manual_seed(0)
+    search, paint = LandmarkSearch(1, reach=0.3), torch.nn.Conv2d(1, 1, 1)
+    torch.nn.init.zeros_(paint.weight)
+    optimizer = torch.optim.Adam([*search.parameters(), *paint.parameters()], lr=0.3)
+    image, size = torch.arange(8), torch.full((8, 1, 1), 60.0)
+    off = []
+    for _ in range(60):
+        cell = torch.randint(5, 15, (8, 2))
+        maps = torch.zeros(8, 1, 20, 20)
+        maps[image, 0, cell[:, 1], cell[:, 0]] = 1.0
+        true = (STRIDE * cell).float()[:, None]
+        start = true + torch.rand(8, 1, 2) * 24 - 12
+        sought = search(paint(maps), STRIDE, image, start, size)
+        loss = sought.loss(true, torch.ones(8, 1, dtype=torch.bool)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        off.append((start + 60 * sought.way() - true).norm(dim=2).mean().item())
+    assert off[0] > 8 and sum(off[-5:]) / 5 < 2
