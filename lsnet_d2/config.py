@@ -99,7 +99,7 @@ def add_lsnet_config(cfg: CN) -> None:
     cfg.MODEL.LSNET.POLISH_LOSS_WEIGHT = 0.5
     cfg.MODEL.LSNET.QUALITY_LOSS_WEIGHT = 0.25
     # That of the search for keypoints.
-    cfg.MODEL.LSNET.SEARCH_LOSS_WEIGHT = 0.25
+    cfg.MODEL.LSNET.KEYPOINT_SEARCH_LOSS_WEIGHT = 0.25
     # Those of the maps of outlines, of what covers a cell and of where an outline is.
     cfg.MODEL.LSNET.OUTLINE_MAPS_LOSS_WEIGHTS = [4.0, 0.5]
     # Weights of the losses of corner verification: heat maps, offsets, semantic map.

@@ -17,7 +17,6 @@ from ..structures import ContourMasks
 from ..tasks import branch_weights
 from .landmarks import LandmarkBranch, LandmarkTargets, clip_points, span_boxes, spread_indices
 from .losses import box_penalty, cross_iou, cross_iou_grouped, cross_iou_per_coordinate
-from .outlines import OutlineMaps
 
 # The cost of an error along the outline, relative to one across it: detections are judged by the
 # latter, and where on a smooth outline a vertex lies is hard to see.
@@ -90,7 +89,7 @@ class ContourBranch(LandmarkBranch):
     name = "segm"
     pred_field = "pred_contours"
     score_field = "contour_scores"
-    maps = OutlineMaps
+    outlined = True
     # With 36 vertices the released code samples at these; its checkpoints depend on it.
     _SAMPLING = {36: [0, 5, 10, 15, 20, 25, 30, 35]}
     _VERTICES_PER_GROUP = 4
@@ -113,14 +112,6 @@ class ContourBranch(LandmarkBranch):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         return {"num_points": cfg.MODEL.LSNET.NUM_CONTOUR_POINTS}
-
-    def build_maps(self, cfg: CfgNode, channels: int, stride: int) -> OutlineMaps:
-        return OutlineMaps(
-            channels=channels,
-            num_classes=cfg.MODEL.LSNET.NUM_CLASSES,
-            stride=stride,
-            loss_weights=cfg.MODEL.LSNET.OUTLINE_MAPS_LOSS_WEIGHTS,
-        )
 
     def targets(self, instances: Instances) -> LandmarkTargets:
         contours = instances.gt_contours
@@ -188,7 +179,7 @@ class KeypointBranch(LandmarkBranch):
     name = "pose"
     pred_field = "pred_keypoints"
     score_field = "pose_scores"
-    sought = True
+    searchable = True
     # Of COCO's 17 the released code samples at the left ones; its checkpoints depend on it.
     _SAMPLING = {17: [1, 3, 5, 7, 9, 11, 13, 15]}
 
@@ -224,9 +215,6 @@ class KeypointBranch(LandmarkBranch):
             "classes": cfg.MODEL.LSNET.KEYPOINT_CLASSES,
             "train_unlabelled": cfg.MODEL.LSNET.TRAIN_UNLABELLED_POSES,
         }
-
-    def unknown(self, targets: LandmarkTargets, classes: Tensor) -> Tensor:
-        return ~targets.visible.any(dim=1) & self._have_keypoints(classes)
 
     def targets(self, instances: Instances) -> LandmarkTargets:
         keypoints = instances.gt_keypoints.tensor

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.structures import Instances
-from torch import Tensor, nn
+from torch import Tensor
 
 from .vectors import decode_vectors, encode_vectors
 
@@ -82,16 +82,16 @@ class LandmarkBranch(ABC):
         sampling_landmarks: indices of the landmarks at which features are sampled. The centre is
             sampled too, and what is missing to nine points are free, learned displacements.
         pred_field: field of ``Instances`` that holds the predicted landmarks.
-        maps: the :class:`.LandmarkMaps` of such landmarks, if there are any.
-        sought: whether each landmark is a place of its own, which can be sought (:mod:`.search`).
+        outlined: whether the landmarks are an object's outline, which :mod:`.outlines` can map.
+        searchable: whether each landmark looks like itself, so that :mod:`.search` can find it.
         score_field: field that holds their scores; "scores" are those of the detections.
     """
 
     name: str
     pred_field: str
     score_field = "scores"
-    maps: type | None = None
-    sought = False
+    outlined = False
+    searchable = False
 
     def __init__(
         self,
@@ -247,23 +247,6 @@ class LandmarkBranch(ABC):
         distance = (error * across).sum(-1).abs() + cost * (error * along).sum(-1).abs()
         visible = targets.visible.to(distance)
         return (distance * visible).sum(1) / visible.sum(1).clamp(min=1)
-
-    def build_maps(self, cfg: CfgNode, channels: int, stride: int) -> nn.Module:
-        """What teaches the features of the third stage, of the class ``maps``.
-
-        Args:
-            channels, stride: of the finest of these features.
-        """
-        raise NotImplementedError
-
-    def unknown(self, targets: LandmarkTargets, classes: Tensor) -> Tensor:
-        """(G,) bool: objects whose landmarks nobody labelled. What lies in their boxes is no
-        background to :class:`.LandmarkMaps`.
-
-        Args:
-            classes: (G,).
-        """
-        return ~targets.present
 
     @abstractmethod
     def quality(self, landmarks: Tensor, targets: LandmarkTargets) -> Tensor:

@@ -1,22 +1,27 @@
-"""Maps of what covers a cell, and of where the nearest outline is.
+"""Maps of what covers a cell, and of where the nearest outline is, which teach features.
 
+The third stage looks at an image in a few points, and they alone teach the features under them.
 Where there are outlines, every cell has something to tell: the classes of the objects that cover
-it, and where the nearest outline is. At test time these maps are not computed, only the features
-that they are made from.
+it, and where the nearest outline is. (BlendMask, arXiv 2001.00309, and others learn a semantic map
+beside their objects.) At test time these maps are not computed, only the features that they are
+made from.
 
-Letters as in :mod:`.maps`, and K classes, P vertices.
+Letters: B images, C channels, (H, W) the size of a map, G objects, K classes, P vertices. Cell
+(i, j) of a map with stride s lies at x = j * s, y = i * s, as anchor points do.
 """
 
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from detectron2.utils import comm
+from torch import Tensor, nn
 
 from .assigners import lowest_cost
 from .blocks import same_conv, set_prior
+from .distributed import mean_over_workers
 from .landmarks import LandmarkTargets
-from .maps import LandmarkMaps, mean_of
+from .points import make_anchor_points, points_in_boxes
 
 # How far from an outline a cell tells where it is, in cells, and the cells around an outline's
 # points that may be as near.
@@ -25,10 +30,7 @@ _WINDOW = 2
 _COVERED_BEFORE_TRAINING = 0.05
 
 
-class OutlineMaps(LandmarkMaps):
-    key = "OUTLINE_MAPS"
-    loss_names = ("loss_covering", "loss_outline")
-
+class OutlineMaps(nn.Module):
     def __init__(
         self, *, channels: int, num_classes: int, stride: int, loss_weights: Sequence[float]
     ) -> None:
@@ -36,21 +38,39 @@ class OutlineMaps(LandmarkMaps):
         Args:
             channels: C.
             num_classes: K.
-            stride, loss_weights: see :class:`LandmarkMaps`; of what covers a cell, and of where the
-                nearest outline is.
+            stride: of the features.
+            loss_weights: of what covers a cell, and of where the nearest outline is.
+
+        Raises:
+            ValueError: there are not two weights; the message names the config's key.
         """
-        super().__init__(stride, loss_weights)
+        super().__init__()
+        if len(loss_weights) != 2:
+            raise ValueError(
+                f"MODEL.LSNET.OUTLINE_MAPS_LOSS_WEIGHTS is {list(loss_weights)}; it must have 2 "
+                "values"
+            )
+        self.stride = stride
+        self.loss_weights = loss_weights
         self.covering = same_conv(channels, num_classes, 1)
         self.displacement = same_conv(channels, 2, 1)
         set_prior(self.covering, _COVERED_BEFORE_TRAINING)
 
-    def errors(
+    def losses(
         self,
         feature: Tensor,
         targets: list[LandmarkTargets],
         classes: list[Tensor],
         known: Tensor,
-    ) -> tuple[Tensor, ...]:
+    ) -> dict[str, Tensor]:
+        """The losses by name, each with its weight: means over the cells of all processes.
+
+        Args:
+            feature: (B, C, H, W), what the maps are made from.
+            targets: per image, of objects whose contours are known.
+            classes: per image (G,), theirs.
+            known: (B, H, W) bool, cells that count.
+        """
         covering = self.covering(feature).float()
         displacement = self.displacement(feature).float().permute(0, 2, 3, 1)
         num_classes, *size = covering.shape[1:]
@@ -66,7 +86,11 @@ class OutlineMaps(LandmarkMaps):
         )
         loss = F.binary_cross_entropy_with_logits(covering, covered, reduction="none").mean(1)
         away = (displacement - torch.stack(nearest) / self.stride).abs().sum(3)
-        return mean_of(loss, known), mean_of(away, torch.stack(near) & known)
+        of_covering, of_outline = self.loss_weights
+        return {
+            "loss_covering": of_covering * mean_of(loss, known),
+            "loss_outline": of_outline * mean_of(away, torch.stack(near) & known),
+        }
 
 
 def classes_of_cells(
@@ -150,3 +174,35 @@ def _to_segment(points: Tensor, start: Tensor, along: Tensor) -> Tensor:
     length = along.square().sum(1, keepdim=True)
     share = -(away * along).sum(1, keepdim=True) / length.clamp(min=1e-12)
     return away + share.clamp(0, 1) * along
+
+
+def known_cells(
+    size: tuple[int, int],
+    stride: int,
+    image_sizes: Sequence[tuple[int, int]],
+    ignored: list[Tensor],
+) -> Tensor:
+    """(B, H, W) bool: cells on the images, and in no region of which nothing is known.
+
+    Args:
+        size: (H, W).
+        image_sizes: (height, width) of each image, without padding.
+        ignored: per image (R, 4) XYXY in pixels.
+    """
+    cells = make_anchor_points([size], [stride], ignored[0].device).xy
+    return torch.stack(
+        [
+            ~points_in_boxes(cells, regions) & (cells < cells.new_tensor([width, height])).all(1)
+            for regions, (height, width) in zip(ignored, image_sizes, strict=True)
+        ]
+    ).unflatten(1, size)
+
+
+def mean_of(values: Tensor, counted: Tensor) -> Tensor:
+    """The mean of the values that count, of all processes; 0 if there is none."""
+    return (values * counted).sum() / at_least_one(counted.sum())
+
+
+def at_least_one(count: Tensor) -> Tensor:
+    """A number to divide by: its mean over processes, and 1 where it is 0 in all of them."""
+    return mean_over_workers(count.float()).clamp(min=1 / comm.get_world_size())

@@ -9,8 +9,8 @@ the landmarks are, the more the features under them say (as in Deep Snake, arXiv
 Together the tokens say how good the landmarks are now, for each class that the object may be of,
 for the score of the detection (as in Mask Scoring R-CNN, arXiv 1903.00241, and like the second look
 that R-CNNs have). Since it runs on a few points of training and on final detections alone, it costs
-little; where maps teach the features that it looks at (:mod:`.maps`), two convolutions of these
-more.
+little, and two convolutions of the features that it looks at where outlines teach these
+(:mod:`.outlines`) or landmarks are sought on them (:mod:`.search`).
 
 Letters: N points, V landmarks, C channels, K classes.
 """
@@ -26,14 +26,14 @@ from torch import Tensor, nn
 from ..layers import sample_features
 from .blocks import ConvNormAct, same_conv, set_prior
 from .landmarks import DISPLACEMENT_UNIT, LandmarkBranch
-from .maps import LandmarkMaps
-from .search import LandmarkSearch, Sought
+from .outlines import OutlineMaps
+from .search import LandmarkSearch, SearchResult
 
 _HEADS = 4
 _QUALITY_BEFORE_TRAINING = 0.2
 # How far landmarks are sought, in sizes of the object; in each further step half as far.
 _REACH = 0.3
-# On the finest features, where there are maps.
+# On the finest features, where outlines teach them or landmarks are sought on them.
 _NUM_CONVS = 2
 
 
@@ -44,12 +44,12 @@ class Polished(NamedTuple):
         landmarks: (N, V, 2), moved.
         quality: (N, K) as logits: that of landmarks of an object of each class, 0 if it is of
             another; see :meth:`.LandmarkBranch.quality`.
-        sought: where the landmarks were found, if they were sought.
+        search: where the landmarks were found, if they were sought.
     """
 
     landmarks: Tensor
     quality: Tensor
-    sought: Sought | None
+    search: SearchResult | None
 
 
 class PolishStep(nn.Module):
@@ -65,7 +65,7 @@ class PolishStep(nn.Module):
         channels: int = 64,
         num_layers: int = 2,
         grid: int = 0,
-        reach: float = 0.0,
+        reach: float | None = None,
     ) -> None:
         """
         Args:
@@ -76,7 +76,7 @@ class PolishStep(nn.Module):
             channels: width of the tokens, a multiple of 4.
             num_layers: of self-attention.
             grid: rows and columns of the points in the object's box that are looked at, too.
-            reach: how far landmarks are sought, in sizes of the object; 0: they are not.
+            reach: how far landmarks are sought, in sizes of the object; None: they are not.
         """
         super().__init__()
         self.strides = strides
@@ -95,7 +95,7 @@ class PolishStep(nn.Module):
         self.trust = nn.Linear(channels, 1) if reach else None
         self.quality = nn.Linear(channels, num_classes)
         set_prior(self.quality, _QUALITY_BEFORE_TRAINING)
-        # At first nothing moves.
+        # At first nothing moves, but to where the search leads.
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
@@ -104,14 +104,14 @@ class PolishStep(nn.Module):
         features: list[Tensor],
         image: Tensor,
         landmarks: Tensor,
-        maps: Tensor | None = None,
+        heatmaps: Tensor | None = None,
     ) -> Polished:
         """
         Args:
             features: per stride (B, C, H, W).
             image: (N,), in which image the points are.
             landmarks: (N, V, 2) in pixels of the network's input.
-            maps: (B, V, H, W), on which they are sought; of the first stride.
+            heatmaps: (B, V, H, W), on which they are sought, if they are; of the first stride.
         """
         low, high = landmarks.amin(dim=1), landmarks.amax(dim=1)
         size = (high - low).norm(dim=1).clamp(min=1)[:, None, None]
@@ -127,11 +127,11 @@ class PolishStep(nn.Module):
         )
         tokens = self.appearance(sampled) + self.place(place.to(sampled)) + self.identity
         count = landmarks.shape[1]
-        sought = way = None
+        found = way = None
         if self.search is not None:
-            sought = self.search(maps, self.strides[0], image, landmarks, size)
-            way = sought.way() / DISPLACEMENT_UNIT
-            seen = torch.cat([sought.certainty(), way], dim=2).to(tokens)
+            found = self.search(heatmaps, self.strides[0], image, landmarks, size)
+            way = found.expected_offset() / DISPLACEMENT_UNIT
+            seen = torch.cat([found.confidence(), way], dim=2).to(tokens)
             guided = tokens[:, :count] + self.guidance(seen)
             tokens = torch.cat([guided, tokens[:, count:]], dim=1)
         tokens = self.norm(self.layers(tokens))
@@ -140,7 +140,7 @@ class PolishStep(nn.Module):
         if way is not None:
             moves = moves + self.trust(moving).sigmoid() * way
         moved = landmarks + DISPLACEMENT_UNIT * size * moves.to(landmarks)
-        return Polished(moved, self.quality(tokens.mean(dim=1)), sought)
+        return Polished(moved, self.quality(tokens.mean(dim=1)), found)
 
 
 class LandmarkPolish(nn.Module):
@@ -155,13 +155,13 @@ class LandmarkPolish(nn.Module):
         *,
         num_steps: int = 1,
         grid: int = 0,
-        sought: bool = False,
+        searchable: bool = False,
     ) -> None:
         """
         Args:
             num_landmarks, in_channels, strides, num_classes, grid: see :class:`PolishStep`.
             num_steps: at least 1.
-            sought: whether landmarks are sought.
+            searchable: whether landmarks are sought.
         """
         super().__init__()
         self.steps = nn.ModuleList(
@@ -171,7 +171,7 @@ class LandmarkPolish(nn.Module):
                 strides,
                 num_classes,
                 grid=grid,
-                reach=sought * _REACH / 2**step,
+                reach=_REACH / 2**step if searchable else None,
             )
             for step in range(num_steps)
         )
@@ -181,18 +181,18 @@ class LandmarkPolish(nn.Module):
         features: list[Tensor],
         image: Tensor,
         landmarks: Tensor,
-        maps: Tensor | None = None,
+        heatmaps: Tensor | None = None,
     ) -> list[Polished]:
         """
         Args:
-            features, image, landmarks, maps: see :meth:`PolishStep.forward`.
+            features, image, landmarks, heatmaps: see :meth:`PolishStep.forward`.
 
         Returns:
             What each step makes of them. No gradient flows from a step to those before.
         """
         moved = []
         for step in self.steps:
-            moved.append(step(features, image, landmarks, maps))
+            moved.append(step(features, image, landmarks, heatmaps))
             landmarks = moved[-1].landmarks.detach()
         return moved
 
@@ -202,8 +202,8 @@ class Polish(nn.Module):
 
     Attributes:
         branches: what moves the landmarks of each branch, by its name.
-        maps: of the branches that have any, what they teach the finest features.
-        sought: of those whose landmarks are sought, what makes the maps of these.
+        outlines: of the branches that have any, what they teach the finest features.
+        heatmaps: of those whose landmarks are sought, what makes the maps for it.
     """
 
     def __init__(
@@ -211,21 +211,21 @@ class Polish(nn.Module):
         in_features: Sequence[str],
         branches: Mapping[str, LandmarkPolish],
         convs: Sequence[nn.Module] = (),
-        maps: Mapping[str, LandmarkMaps] | None = None,
-        sought: Mapping[str, nn.Module] | None = None,
+        outlines: Mapping[str, OutlineMaps] | None = None,
+        heatmaps: Mapping[str, nn.Module] | None = None,
     ) -> None:
         """
         Args:
             in_features: names of the feature maps that are looked at, finest first.
             convs: what the finest goes through before.
-            branches, maps, sought: see the class.
+            branches, outlines, heatmaps: see the class.
         """
         super().__init__()
         self.in_features = list(in_features)
         self.branches = nn.ModuleDict(branches)
         self.convs = nn.Sequential(*convs)
-        self.maps = nn.ModuleDict(maps or {})
-        self.sought = nn.ModuleDict(sought or {})
+        self.outlines = nn.ModuleDict(outlines or {})
+        self.heatmaps = nn.ModuleDict(heatmaps or {})
 
     def features(self, features: Mapping[str, Tensor]) -> list[Tensor]:
         """The maps to look at, each (B, C, H, W), from those of the backbone."""
@@ -240,8 +240,8 @@ class Polish(nn.Module):
         Args:
             features: of :meth:`features`.
         """
-        maps = self.sought[name](features[0]) if name in self.sought else None
-        return self.branches[name](features, image, landmarks, maps)
+        heatmaps = self.heatmaps[name](features[0]) if name in self.heatmaps else None
+        return self.branches[name](features, image, landmarks, heatmaps)
 
 
 def _grid_in_box(count: int) -> Tensor:
@@ -279,8 +279,8 @@ def build_polish(
             f"MODEL.LSNET.QUALITY_SHARE_TEST is {node.QUALITY_SHARE_TEST}; it must be from 0 to 1"
         )
     finest = shapes[names[0]]
-    taught = [b for b in branches if b.maps is not None and node[b.maps.key]]
-    sought = [b for b in branches if b.sought and node.KEYPOINT_SEARCH]
+    outlined = [b for b in branches if b.outlined and node.OUTLINE_MAPS]
+    searchable = [b for b in branches if b.searchable and node.KEYPOINT_SEARCH]
     polished = {
         branch.name: LandmarkPolish(
             branch.num_landmarks,
@@ -289,12 +289,20 @@ def build_polish(
             node.NUM_CLASSES,
             num_steps=node.POLISH_STEPS,
             grid=node.POLISH_GRID,
-            sought=branch in sought,
+            searchable=branch in searchable,
         )
         for branch in branches
     }
-    num_convs = _NUM_CONVS if taught or sought else 0
+    num_convs = _NUM_CONVS if outlined or searchable else 0
     convs = [ConvNormAct(finest.channels, finest.channels) for _ in range(num_convs)]
-    maps = {b.name: b.build_maps(cfg, finest.channels, finest.stride) for b in taught}
-    sought_maps = {b.name: same_conv(finest.channels, b.num_landmarks, 1) for b in sought}
-    return Polish(names, polished, convs, maps, sought_maps)
+    outlines = {
+        branch.name: OutlineMaps(
+            channels=finest.channels,
+            num_classes=node.NUM_CLASSES,
+            stride=finest.stride,
+            loss_weights=node.OUTLINE_MAPS_LOSS_WEIGHTS,
+        )
+        for branch in outlined
+    }
+    heatmaps = {b.name: same_conv(finest.channels, b.num_landmarks, 1) for b in searchable}
+    return Polish(names, polished, convs, outlines, heatmaps)

@@ -15,7 +15,7 @@ from .assigners import pairwise_iou_inverted
 from .distributed import mean_over_workers
 from .head import HeadOutput
 from .landmarks import LandmarkBranch, LandmarkTargets
-from .maps import known_cells
+from .outlines import known_cells
 from .points import AnchorPoints
 from .polish import Polish
 from .samples import BranchSamples, GroundTruth, Matches
@@ -61,7 +61,7 @@ class PolishCriterion:
             "positives": cfg.MODEL.LSNET.POLISH_POSITIVES,
             "decoys": cfg.MODEL.LSNET.POLISH_DECOYS,
             "quality_loss_weight": cfg.MODEL.LSNET.QUALITY_LOSS_WEIGHT,
-            "search_loss_weight": cfg.MODEL.LSNET.SEARCH_LOSS_WEIGHT,
+            "search_loss_weight": cfg.MODEL.LSNET.KEYPOINT_SEARCH_LOSS_WEIGHT,
         }
 
     def __call__(
@@ -110,16 +110,13 @@ class PolishCriterion:
         losses = {}
         boxes = [target.boxes for target in truth.targets[0]]
         for branch, targets in zip(branches, truth.targets, strict=True):
-            if branch.name not in polish.maps:
+            if branch.name not in polish.outlines:
                 continue
-            maps = polish.maps[branch.name]
-            unknown = [
-                branch.unknown(target, classes)
-                for target, classes in zip(targets, truth.classes, strict=True)
-            ]
+            maps = polish.outlines[branch.name]
+            # What lies in the boxes of objects without outlines is no background.
             ignored = [
-                torch.cat([regions, own[without]])
-                for regions, own, without in zip(truth.regions, boxes, unknown, strict=True)
+                torch.cat([regions, own[~target.present]])
+                for regions, own, target in zip(truth.regions, boxes, targets, strict=True)
             ]
             losses |= maps.losses(
                 feature,
@@ -201,11 +198,11 @@ class PolishCriterion:
         targets = samples.targets[positives.object]
         owned = torch.nonzero(owner >= 0).squeeze(1)
         owner = owner[owned]
-        displacement, judgement, search = [], [], []
-        for moved, logits, sought in polish(branch.name, fine, image, landmarks):
-            if sought is not None:
-                found = sought[:count].loss(targets.landmarks, targets.visible)
-                search.append(found.sum())
+        displacement, judgement, searching = [], [], []
+        for moved, logits, search in polish(branch.name, fine, image, landmarks):
+            if search is not None:
+                loss = search[:count].loss(targets.landmarks, targets.visible)
+                searching.append(loss.sum())
             displacement.append(branch.displacement_loss(moved[:count], targets).sum())
             quality = torch.zeros_like(logits, dtype=torch.float32)
             reached = branch.quality(moved[owned].detach(), samples.targets[owner])
@@ -218,7 +215,7 @@ class PolishCriterion:
             for name, weight, losses in (
                 ("polish", branch.loss_weights["polish"], displacement),
                 ("quality", self.quality_loss_weight, judgement),
-                ("search", self.search_loss_weight, search),
+                ("search", self.search_loss_weight, searching),
             )
             if losses
         }

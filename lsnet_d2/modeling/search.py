@@ -20,7 +20,7 @@ _COUNT = 11
 
 
 @dataclass
-class Sought:
+class SearchResult:
     """What the search says.
 
     Attributes:
@@ -35,14 +35,16 @@ class Sought:
     size: Tensor
     lattice: Tensor
 
-    def __getitem__(self, index: slice | Tensor) -> "Sought":
-        return Sought(self.logits[index], self.start[index], self.size[index], self.lattice)
+    def __getitem__(self, index: slice | Tensor) -> "SearchResult":
+        return SearchResult(self.logits[index], self.start[index], self.size[index], self.lattice)
 
-    def way(self) -> Tensor:
+    def expected_offset(self) -> Tensor:
         """(N, V, 2): where the landmark is expected, in sizes from the middle."""
-        return self.logits.softmax(dim=2) @ self.lattice
+        # No matrix product, which autocast would compute in low precision.
+        probs = self.logits.softmax(dim=2)
+        return torch.stack([(probs * ticks).sum(dim=2) for ticks in self.lattice.unbind(1)], dim=2)
 
-    def certainty(self) -> Tensor:
+    def confidence(self) -> Tensor:
         """(N, V, 1): the largest probability."""
         return self.logits.softmax(dim=2).amax(dim=2, keepdim=True)
 
@@ -83,36 +85,41 @@ class LandmarkSearch(nn.Module):
         self.prior = nn.Parameter(prior.repeat(num_landmarks, 1))
 
     def forward(
-        self, maps: Tensor, stride: int, image: Tensor, landmarks: Tensor, size: Tensor
-    ) -> Sought:
+        self, heatmaps: Tensor, stride: int, image: Tensor, landmarks: Tensor, size: Tensor
+    ) -> SearchResult:
         """
         Args:
-            maps: (B, V, H, W), logits.
-            stride: of the maps.
+            heatmaps: (B, V, H, W), logits.
+            stride: of the heatmaps.
             image: (N,), in which image the points are.
             landmarks: (N, V, 2) in pixels, where they are taken to be.
             size: (N, 1, 1) in pixels.
         """
         places = landmarks[:, :, None] + size[..., None] * self.lattice
-        logits = sample_own_maps(maps, stride, image, places).float() + self.prior
-        return Sought(logits, landmarks, size, self.lattice)
+        logits = sample_own_heatmaps(heatmaps.float(), stride, image, places) + self.prior
+        return SearchResult(logits, landmarks, size, self.lattice)
 
 
-def sample_own_maps(maps: Tensor, stride: int, image: Tensor, points: Tensor) -> Tensor:
-    """Each landmark's own map at places of the images, interpolated; zero outside.
+def sample_own_heatmaps(heatmaps: Tensor, stride: int, image: Tensor, points: Tensor) -> Tensor:
+    """Each landmark's own map at places of the images, interpolated.
+
+    Outside it is as on the border: 0, say, could be far more than what a map has where nothing is.
 
     Args:
-        maps: (B, V, H, W), cell (i, j) lying at x = j * stride, y = i * stride.
+        heatmaps: (B, V, H, W), cell (i, j) lying at x = j * stride, y = i * stride.
         image: (N,), in which image the points are.
         points: (N, V, P, 2) as x, y in pixels.
 
     Returns:
         (N, V, P).
     """
-    number, height, width = maps.shape[1:]
+    number, height, width = heatmaps.shape[1:]
+    # Places in half precision would be off by pixels.
+    points = points.to(torch.promote_types(points.dtype, torch.float32))
     x, y = (points / stride).unbind(-1)
+    x, y = x.clamp(0, width - 1), y.clamp(0, height - 1)
     pixel, weight = bilinear_corners(y, x, height, width)
-    own = image[:, None] * number + torch.arange(number, device=maps.device)
+    own = image[:, None] * number + torch.arange(number, device=heatmaps.device)
     index = own[:, :, None, None] * (height * width) + pixel
-    values = maps.flatten().gather(0, index.flatten()).view(index.shape)
+    values = heatmaps.flatten().gather(0, index.flatten()).view(index.shape)
     return (values * weight.to(values)).sum(-1)

@@ -7,15 +7,17 @@ import torch
 from detectron2.utils.events import EventStorage
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_model import make_input, tiny_model
+from tiny_model import make_input, tiny_cfg, tiny_model
 
 from lsnet_d2.modeling import outlines
 from lsnet_d2.modeling.landmarks import LandmarkTargets, span_boxes
-from lsnet_d2.modeling.maps import known_cells
 from lsnet_d2.modeling.outlines import (
     OutlineMaps,
+    at_least_one,
     cells_inside,
     classes_of_cells,
+    known_cells,
+    mean_of,
     nearest_outline,
 )
 
@@ -130,7 +132,7 @@ def test_maps_teach_the_features_of_the_third_stage():
     with EventStorage():
         losses = model([make_input(BOXES, [0, 1, 2]), make_input([], [])])
     (losses["loss_covering"] + losses["loss_outline"]).backward()
-    taught = (*model.polish.convs.parameters(), *model.polish.maps.parameters())
+    taught = (*model.polish.convs.parameters(), *model.polish.outlines.parameters())
     for parameter in (*taught, model.backbone.stem.weight):
         assert parameter.grad.isfinite().all() and parameter.grad.abs().max() > 0
 
@@ -147,7 +149,7 @@ def test_objects_without_contours_are_not_background():
         seen.update(contours=targets[0].landmarks, classes=classes[0], known=known[0])
         return {"loss_covering": feature.sum(), "loss_outline": feature.sum()}
 
-    model.polish.maps["segm"].losses = losses
+    model.polish.outlines["segm"].losses = losses
     image = make_input(BOXES, [0, 1, 2])
     image["instances"].gt_contours[1] = torch.nan
     image["ignore_boxes"] = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
@@ -163,7 +165,7 @@ def test_objects_without_contours_are_not_background():
 
 def test_nothing_is_computed_of_the_maps_at_test_time():
     model = tiny_model(**LSNET).eval()
-    maps = model.polish.maps["segm"]
+    maps = model.polish.outlines["segm"]
     maps.covering.forward = maps.displacement.forward = None
     with torch.no_grad():
         model([make_input([], [])])
@@ -173,4 +175,61 @@ def test_nothing_is_computed_of_the_maps_at_test_time():
 def test_what_maps_need(change):
     assert len(tiny_model(**LSNET).polish.convs) == 2
     polish = tiny_model(**{**LSNET, **change}).polish
-    assert len(polish.maps) == len(polish.convs) == 0
+    assert len(polish.outlines) == len(polish.convs) == 0
+
+
+JOINT = {
+    "TASK": "joint",
+    "BRANCHES": ["extreme", "contour", "keypoint"],
+    "POLISH_IN_FEATURES": ["p3", "p4"],
+    "OUTLINE_MAPS": True,
+    "KEYPOINT_SEARCH": True,
+}
+NAMES = ["loss_covering", "loss_outline"]
+
+
+def losses_of(**lsnet):
+    model = tiny_model(**{**JOINT, **lsnet}).train()
+    with EventStorage():
+        losses = model([make_input(BOXES, [0, 1, 2]), make_input([], [])])
+    return {name: loss.item() for name, loss in losses.items()}
+
+
+def test_cells_on_the_image_and_in_no_ignored_region():
+    regions = [torch.tensor([[0.0, 0.0, 8.0, 4.1]]), torch.zeros(0, 4)]
+    known = known_cells((3, 4), 4, [(12, 16), (8, 10)], regions)
+    assert known.int().tolist() == [
+        [[0, 0, 1, 1], [0, 0, 1, 1], [1, 1, 1, 1]],
+        [[1, 1, 1, 0], [1, 1, 1, 0], [0, 0, 0, 0]],
+    ]
+
+
+def test_mean_of_what_counts():
+    values = torch.tensor([1.0, 3.0, 100.0])
+    assert mean_of(values, torch.tensor([True, True, False])) == 2
+    assert mean_of(values, torch.zeros(3, dtype=torch.bool)) == 0
+    assert at_least_one(torch.tensor(0)) == 1 and at_least_one(torch.tensor(7)) == 7
+
+
+def test_weights_of_the_losses():
+    key = "OUTLINE_MAPS_LOSS_WEIGHTS"
+    once, other = losses_of(), losses_of(**{key: [8.0, 0.0]})
+    first, second = NAMES
+    default = tiny_cfg().MODEL.LSNET[key][0]
+    assert other.pop(first) == pytest.approx(8 / default * once.pop(first))
+    assert other.pop(second) == 0 and once.pop(second) > 0
+    assert other == pytest.approx(once)
+    with pytest.raises(ValueError, match=rf"MODEL.LSNET.{key} is \[1.0\]; .* 2 values"):
+        tiny_model(**JOINT, **{key: [1.0]})
+
+
+def test_maps_can_be_left_out():
+    assert losses_of().keys() - losses_of(OUTLINE_MAPS=False).keys() == set(NAMES)
+
+
+@pytest.mark.parametrize(
+    "maps, search, convs", [(False, False, 0), (True, False, 2), (False, True, 2)]
+)
+def test_convolutions_where_maps_or_the_search_use_them(maps, search, convs):
+    model = tiny_model(**{**JOINT, "OUTLINE_MAPS": maps, "KEYPOINT_SEARCH": search})
+    assert len(model.polish.convs) == convs

@@ -86,6 +86,7 @@ def test_every_branch_is_polished(grid):
     losses = losses_of(model, [make_input(BOXES, [0, 1, 2]), make_input(BOXES[:1], [1])])
     for branch in ("bbox", "segm", "pose"):
         assert losses[f"loss_{branch}_polish"] > 0 and losses[f"loss_{branch}_quality"] > 0
+    assert losses["loss_pose_search"] > 0
     sum(losses.values()).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
@@ -99,8 +100,9 @@ def test_no_gradient_reaches_the_stages_before():
     assert all(step.out.weight.grad.abs().max() > 0 for step in model.polish.branches["segm"].steps)
 
 
-def test_images_without_objects_keep_all_parameters_in_the_graph():
-    model = polished_model().train()
+@pytest.mark.parametrize("search", [False, True])
+def test_images_without_objects_keep_all_parameters_in_the_graph(search):
+    model = polished_model(KEYPOINT_SEARCH=search, POLISH_GRID=2).train()
     losses = losses_of(model, [make_input([], [])])
     assert losses["loss_segm_polish"] == losses["loss_pose_polish"] == 0
     assert losses["loss_segm_quality"] > 0  # of decoys
@@ -108,13 +110,15 @@ def test_images_without_objects_keep_all_parameters_in_the_graph():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("loss", ["polish", "quality", "search"])
-def test_weights_of_the_losses(loss):
-    inputs, key = [make_input(BOXES, [0, 1, 2])], f"{loss.upper()}_LOSS_WEIGHT"
+@pytest.mark.parametrize(
+    "loss, key", [("polish", "POLISH"), ("quality", "QUALITY"), ("search", "KEYPOINT_SEARCH")]
+)
+def test_weights_of_the_losses(loss, key):
+    inputs = [make_input(BOXES, [0, 1, 2])]
     once, twice = (
-        losses_of(polished_model(KEYPOINT_SEARCH=True, **{key: weight}).train(), inputs)[
-            f"loss_pose_{loss}"
-        ]
+        losses_of(
+            polished_model(KEYPOINT_SEARCH=True, **{f"{key}_LOSS_WEIGHT": weight}).train(), inputs
+        )[f"loss_pose_{loss}"]
         for weight in (1.0, 2.0)
     )
     torch.testing.assert_close(twice, 2 * once)

