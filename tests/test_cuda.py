@@ -26,6 +26,8 @@ JOINT = {
     "BRANCHES": ["extreme", "contour", "keypoint"],
     "POLISH_IN_FEATURES": ["p3", "p4"],
     "KEYPOINT_SEARCH": True,
+    "POLISH_GRID": 2,
+    "POLISH_STEPS": 2,
     "TOWER_CONV": "conv",
 }
 MODELS = {"bbox": {}, "corners": {"CPV": True}, "segm": {"TASK": "segm"}, "joint": JOINT}

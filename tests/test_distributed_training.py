@@ -15,7 +15,11 @@ from tiny_model import make_input, tiny_model
 from lsnet_d2.training_loop import LSNetTrainLoop, wrap_distributed
 
 JOINT = {"TASK": "joint", "BRANCHES": ["extreme", "contour", "keypoint"]}
-POLISHED = {**JOINT, "POLISH_IN_FEATURES": ["p3", "p4"], "KEYPOINT_SEARCH": True}
+POLISHED = {
+    **JOINT,
+    **{"POLISH_IN_FEATURES": ["p3", "p4"], "POLISH_GRID": 2, "POLISH_STEPS": 2},
+    "KEYPOINT_SEARCH": True,
+}
 # The first process gets many objects, the second few, and none at all in its last image.
 BATCH = [
     make_input([[10, 12, 60, 70], [70, 20, 120, 90], [5, 60, 40, 90]], [0, 1, 2], seed=1),

@@ -41,7 +41,7 @@ MODELS = {
     "pose_bbox": {"TASK": "pose_bbox", "TOWER_CONV": "conv", "REFINE_SAMPLING": False},
     "joint, polished": {
         **{**JOINT, "TOWER_CONV": "conv", "POLISH_IN_FEATURES": ["p3", "p4"]},
-        "KEYPOINT_SEARCH": True,
+        **{"KEYPOINT_SEARCH": True, "POLISH_GRID": 2, "POLISH_STEPS": 2},
     },
 }
 FAST = ["plain towers"]
