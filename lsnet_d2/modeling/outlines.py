@@ -21,7 +21,7 @@ from .assigners import lowest_cost
 from .blocks import same_conv, set_prior
 from .distributed import mean_over_workers
 from .landmarks import LandmarkTargets
-from .points import make_anchor_points, points_in_boxes
+from .points import make_anchor_points, points_in_boxes, square_lattice
 
 # How far from an outline a cell tells where it is, in cells, and the cells around an outline's
 # points that may be as near.
@@ -150,8 +150,7 @@ def nearest_outline(contours: Tensor, size: tuple[int, int], stride: int) -> tup
     first = pieces.cumsum(0) - pieces
     share = (torch.arange(len(segment), device=start.device) - first[segment]) / pieces[segment]
     points = start[segment] + share[:, None] * along[segment]
-    window = torch.arange(-_WINDOW, _WINDOW + 1, device=start.device)
-    window = torch.stack(torch.meshgrid(window, window, indexing="xy"), -1).view(-1, 2)
+    window = square_lattice(torch.arange(-_WINDOW, _WINDOW + 1, device=start.device))
     cells = points.round().long()[:, None] + window  # (M, 25, 2)
     segment = segment[:, None].expand(cells.shape[:2])
     on_map = ((cells >= 0) & (cells < cells.new_tensor([width, height]))).all(2)

@@ -57,3 +57,8 @@ def points_in_boxes(points: Tensor, boxes: Tensor) -> Tensor:
     """(A,) bool: points (A, 2) that lie in any of the boxes (M, 4) XYXY."""
     points = points[:, None]
     return ((points >= boxes[:, :2]) & (points < boxes[:, 2:])).all(dim=2).any(dim=1)
+
+
+def square_lattice(ticks: Tensor) -> Tensor:
+    """(K * K, 2) as x, y, row by row: the points with ticks (K,) for either coordinate."""
+    return torch.cartesian_prod(ticks, ticks).view(-1, 2).flip(1)

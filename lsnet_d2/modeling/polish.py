@@ -27,6 +27,7 @@ from ..layers import sample_features
 from .blocks import ConvNormAct, same_conv, set_prior
 from .landmarks import DISPLACEMENT_UNIT, LandmarkBranch
 from .outlines import OutlineMaps
+from .points import square_lattice
 from .search import LandmarkSearch, SearchResult
 
 _HEADS = 4
@@ -130,8 +131,9 @@ class PolishStep(nn.Module):
         found = way = None
         if self.search is not None:
             found = self.search(heatmaps, self.strides[0], image, landmarks, size)
-            way = found.expected_offset() / DISPLACEMENT_UNIT
-            seen = torch.cat([found.confidence(), way], dim=2).to(tokens)
+            offset, confidence = found.expectation()
+            way = offset / DISPLACEMENT_UNIT
+            seen = torch.cat([confidence, way], dim=2).to(tokens)
             guided = tokens[:, :count] + self.guidance(seen)
             tokens = torch.cat([guided, tokens[:, count:]], dim=1)
         tokens = self.norm(self.layers(tokens))
@@ -247,7 +249,7 @@ class Polish(nn.Module):
 def _grid_in_box(count: int) -> Tensor:
     """(count * count, 2): the middles of the cells of a box from -0.5 to 0.5, row by row."""
     ticks = (torch.arange(count) + 0.5) / max(count, 1) - 0.5
-    return torch.cartesian_prod(ticks, ticks).view(-1, 2).flip(1)
+    return square_lattice(ticks)
 
 
 def build_polish(

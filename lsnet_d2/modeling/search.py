@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.bilinear import bilinear_corners
+from .points import square_lattice
 
 _COUNT = 11
 
@@ -38,15 +39,13 @@ class SearchResult:
     def __getitem__(self, index: slice | Tensor) -> "SearchResult":
         return SearchResult(self.logits[index], self.start[index], self.size[index], self.lattice)
 
-    def expected_offset(self) -> Tensor:
-        """(N, V, 2): where the landmark is expected, in sizes from the middle."""
-        # No matrix product, which autocast would compute in low precision.
+    def expectation(self) -> tuple[Tensor, Tensor]:
+        """Where the landmark is expected (N, V, 2), in sizes from the middle, and the largest
+        probability of a place (N, V, 1)."""
         probs = self.logits.softmax(dim=2)
-        return torch.stack([(probs * ticks).sum(dim=2) for ticks in self.lattice.unbind(1)], dim=2)
-
-    def confidence(self) -> Tensor:
-        """(N, V, 1): the largest probability."""
-        return self.logits.softmax(dim=2).amax(dim=2, keepdim=True)
+        # No matrix product, which autocast would compute in low precision.
+        offset = [(probs * ticks).sum(dim=2) for ticks in self.lattice.unbind(1)]
+        return torch.stack(offset, dim=2), probs.amax(dim=2, keepdim=True)
 
     def loss(self, landmarks: Tensor, visible: Tensor) -> Tensor:
         """(N,): cross-entropy, the mean over the visible landmarks that are in their windows.
@@ -77,8 +76,7 @@ class LandmarkSearch(nn.Module):
             reach: from the middle of the window to its sides, in sizes of the object.
         """
         super().__init__()
-        ticks = torch.linspace(-reach, reach, _COUNT)
-        lattice = torch.cartesian_prod(ticks, ticks).flip(1)
+        lattice = square_lattice(torch.linspace(-reach, reach, _COUNT))
         self.register_buffer("lattice", lattice, persistent=False)
         # At first it is most likely in the middle.
         prior = -2 * (lattice / reach).square().sum(1)

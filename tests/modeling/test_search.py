@@ -44,8 +44,8 @@ def test_a_landmark_is_found_within_reach_of_the_object_s_size(size, seen):
     start = torch.tensor([[[40.0, 24.0], [40.0, 24.0]]])  # 8 pixels beside the peaks
     sought = search(maps, STRIDE, torch.tensor([0]), start, torch.full((1, 1, 1), size))
     expected = torch.tensor([[[8.0, 0.0], [0.0, -8.0]]]) / size * seen
-    torch.testing.assert_close(sought.expected_offset(), expected, atol=0.03, rtol=0)
-    assert (sought.confidence().min() > 0.5) == seen
+    torch.testing.assert_close(sought.expectation()[0], expected, atol=0.03, rtol=0)
+    assert (sought.expectation()[1].min() > 0.5) == seen
 
 
 @pytest.mark.parametrize("x, y", [(0.0, 0.0), (36.0, 20.0), (76.0, 44.0), (200.0, -50.0)])
@@ -54,7 +54,7 @@ def test_the_border_of_a_map_leads_nowhere(x, y):
     search = LandmarkSearch(1, reach=0.3)
     start, size = torch.tensor([[[x, y]]]), torch.full((1, 1, 1), 60.0)
     empty = torch.full((1, 1, 12, 20), -6.0)
-    offset = search(empty, STRIDE, torch.tensor([0]), start, size).expected_offset()
+    offset = search(empty, STRIDE, torch.tensor([0]), start, size).expectation()[0]
     torch.testing.assert_close(offset, torch.zeros(1, 1, 2), atol=1e-5, rtol=0)
 
 
@@ -63,8 +63,8 @@ def test_low_precision_does_not_move_what_is_found():
     heatmaps = peak(48, 24, value=6.0)[None, None].bfloat16()
     start, size = torch.full((1, 1, 2), 36.0), torch.full((1, 1, 1), 60.0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        low = search(heatmaps, STRIDE, torch.tensor([0]), start, size).expected_offset()
-    full = search(heatmaps.float(), STRIDE, torch.tensor([0]), start, size).expected_offset()
+        low = search(heatmaps, STRIDE, torch.tensor([0]), start, size).expectation()[0]
+    full = search(heatmaps.float(), STRIDE, torch.tensor([0]), start, size).expectation()[0]
     assert low.dtype == torch.float32 and full.abs().max() > 0.01
     torch.testing.assert_close(low, full)
 
@@ -74,7 +74,7 @@ def test_it_searches_in_the_landmarks_own_image():
     maps = torch.stack([peak(40, 24), peak(48, 24)])[:, None]
     start, size = torch.full((2, 1, 2), 40.0), torch.full((2, 1, 1), 40.0)
     start[..., 1] = 24.0
-    way = search(maps, STRIDE, torch.tensor([1, 0]), start, size).expected_offset()
+    way = search(maps, STRIDE, torch.tensor([1, 0]), start, size).expectation()[0]
     torch.testing.assert_close(way[:, 0, 0] * 40, torch.tensor([8.0, 0.0]), atol=1.0, rtol=0)
 
 
@@ -87,7 +87,7 @@ def test_nothing_is_found_where_nothing_is_known():
         torch.rand(2, 3, 2) * 30,
         torch.full((2, 1, 1), 30.0),
     )
-    torch.testing.assert_close(sought.expected_offset(), torch.zeros(2, 3, 2), atol=1e-6, rtol=0)
+    torch.testing.assert_close(sought.expectation()[0], torch.zeros(2, 3, 2), atol=1e-6, rtol=0)
 
 
 def result_of(logits, size=10.0, reach=0.25, count=11):
@@ -140,8 +140,8 @@ def test_search_scales_with_the_object(seed, scale):
     maps = torch.randn(1, 2, 9, 14, generator=generator)
     start = torch.rand(1, 2, 2, generator=generator) * 30
     image, size = torch.tensor([0]), torch.full((1, 1, 1), 25.0)
-    once = search(maps, 4.0, image, start, size).expected_offset()
-    magnified = search(maps, 4.0 * scale, image, start * scale, size * scale).expected_offset()
+    once = search(maps, 4.0, image, start, size).expectation()[0]
+    magnified = search(maps, 4.0 * scale, image, start * scale, size * scale).expectation()[0]
     torch.testing.assert_close(once, magnified, atol=1e-4, rtol=1e-3)
 
 
@@ -153,7 +153,7 @@ def test_the_third_stage_goes_where_a_landmark_was_found(trust, share):
     maps = torch.stack([peak(48, 24), peak(40, 16)])[None]
     landmarks = torch.tensor([[[44.0, 24.0], [36.0, 12.0]]])
     (moved,) = polish([torch.zeros(1, 64, 12, 20)], torch.tensor([0]), landmarks, maps)
-    expected = landmarks + share * moved.search.expected_offset() * math.hypot(8, 12)
+    expected = landmarks + share * moved.search.expectation()[0] * math.hypot(8, 12)
     torch.testing.assert_close(moved.landmarks, expected)
     if share:
         peaks = torch.tensor([[[48.0, 24.0], [40.0, 16.0]]])
@@ -197,5 +197,5 @@ def test_search_learns_where_a_landmark_looks_alike():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        off.append((start + 60 * sought.expected_offset() - true).norm(dim=2).mean().item())
+        off.append((start + 60 * sought.expectation()[0] - true).norm(dim=2).mean().item())
     assert off[0] > 8 and sum(off[-5:]) / 5 < 2
