@@ -257,12 +257,13 @@ class LSNet(DenseDetector):
             Per branch landmarks, and (D,) their scores.
         """
         image = torch.zeros_like(scores, dtype=torch.long)
-        moved, moved_scores = [], []
-        for branch, places in zip(self.branches, landmarks, strict=True):
-            places, quality, _ = self.polish(branch.name, fine, image, places)[-1]
-            quality = quality.float().sigmoid().gather(1, classes[:, None])[:, 0]
-            moved.append(places)
-            moved_scores.append(
-                scores ** (1 - self.test_quality_share) * quality**self.test_quality_share
-            )
-        return moved, moved_scores
+        last = self.polish(fine, image, landmarks)[-1]
+        qualities = [
+            polished.quality.float().sigmoid().gather(1, classes[:, None])[:, 0]
+            for polished in last
+        ]
+        share = self.test_quality_share
+        return (
+            [polished.landmarks for polished in last],
+            [scores ** (1 - share) * quality**share for quality in qualities],
+        )

@@ -2,15 +2,16 @@
 
 The paper's two stages predict all landmarks of an anchor point at once, and the second one looks at
 nine places. Here each landmark is a token: the features under it, where it is in the object, and
-which one it is. Self-attention (arXiv 1706.03762) lets the tokens of an object agree, and each then
-says how far it moves. Landmarks see little of what lies between them, so a grid of points in the
-object's box may be among the tokens. That is done in steps with weights of their own: the better
-the landmarks are, the more the features under them say (as in Deep Snake, arXiv 2001.01629).
-Together the tokens say how good the landmarks are now, for each class that the object may be of,
-for the score of the detection (as in Mask Scoring R-CNN, arXiv 1903.00241, and like the second look
-that R-CNNs have). Since it runs on a few points of training and on final detections alone, it costs
-little, and two convolutions of the features that it looks at where outlines teach these
-(:mod:`.outlines`) or landmarks are sought on them (:mod:`.search`).
+which one it is. Self-attention (arXiv 1706.03762) lets the tokens of an object agree, those of all
+branches together, and each then says how far it moves. Landmarks see little of what lies between
+them, so a grid of points in the object's box may be among the tokens. That is done in steps with
+weights of their own: the better the landmarks are, the more the features under them say (as in Deep
+Snake, arXiv 2001.01629). The tokens of a branch say together how good its landmarks are now, for
+each class that the object may be of, for the score of the detection (as in Mask Scoring R-CNN,
+arXiv 1903.00241, and like the second look that R-CNNs have). Since it runs on a few points of
+training and on final detections alone, it costs little, and two convolutions of the features that
+it looks at where outlines teach these (:mod:`.outlines`) or landmarks are sought on them
+(:mod:`.search`).
 
 Letters: N points, V landmarks, C channels, K classes.
 """
@@ -53,12 +54,57 @@ class Polished(NamedTuple):
     search: SearchResult | None
 
 
+class LandmarkTokens(nn.Module):
+    """What a step has of one branch's own: who its tokens are, and what is read from them."""
+
+    def __init__(
+        self, num_landmarks: int, channels: int, num_classes: int, reach: float | None = None
+    ) -> None:
+        """
+        Args:
+            num_landmarks: V.
+            channels: C, width of the tokens.
+            num_classes: K.
+            reach: how far landmarks are sought, in sizes of the object; None: they are not.
+        """
+        super().__init__()
+        self.identity = nn.Parameter(torch.randn(num_landmarks, channels) * 0.02)
+        self.search = LandmarkSearch(num_landmarks, reach) if reach else None
+        self.guidance = nn.Linear(3, channels) if reach else None
+        self.trust = nn.Linear(channels, 1) if reach else None
+        self.out = nn.Linear(channels, 2)
+        self.quality = nn.Linear(channels, num_classes)
+        set_prior(self.quality, _QUALITY_BEFORE_TRAINING)
+        # At first nothing moves, but to where the search leads.
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def guide(self, search: SearchResult) -> tuple[Tensor, Tensor]:
+        """What a search adds to the tokens (N, V, C), and the moves (N, V, 2) that it suggests."""
+        offset, confidence = search.expectation()
+        moves = offset / DISPLACEMENT_UNIT
+        seen = torch.cat([confidence, moves], dim=2)
+        return self.guidance(seen.to(self.guidance.weight)), moves
+
+    def moves(self, tokens: Tensor, suggested: Tensor | None) -> Tensor:
+        """(N, V, 2), in units of DISPLACEMENT_UNIT sizes of the object.
+
+        Args:
+            tokens: (N, V, C), after attention.
+            suggested: (N, V, 2), by the search, if there is one.
+        """
+        moves = self.out(tokens)
+        if suggested is not None:
+            moves = moves + self.trust(tokens).sigmoid() * suggested
+        return moves
+
+
 class PolishStep(nn.Module):
-    """Moves the landmarks of one branch once, and says how good they are then."""
+    """Moves the landmarks of all branches once, and says how good they are then."""
 
     def __init__(
         self,
-        num_landmarks: int,
+        num_landmarks: Mapping[str, int],
         in_channels: int,
         strides: list[int],
         num_classes: int,
@@ -66,59 +112,59 @@ class PolishStep(nn.Module):
         channels: int = 64,
         num_layers: int = 2,
         grid: int = 0,
-        reach: float | None = None,
+        reach: Mapping[str, float] | None = None,
     ) -> None:
         """
         Args:
-            num_landmarks: V.
+            num_landmarks: V of each branch, by its name; the first one's span the object.
             in_channels: of all feature maps together.
             strides: of the feature maps.
             num_classes: K.
             channels: width of the tokens, a multiple of 4.
             num_layers: of self-attention.
             grid: rows and columns of the points in the object's box that are looked at, too.
-            reach: how far landmarks are sought, in sizes of the object; None: they are not.
+            reach: of the branches whose landmarks are sought, how far, in sizes of the object.
         """
         super().__init__()
         self.strides = strides
         self.appearance = nn.Linear(in_channels, channels)
         self.place = nn.Linear(2, channels)
-        self.search = LandmarkSearch(num_landmarks, reach) if reach else None
-        self.guidance = nn.Linear(3, channels) if reach else None
-        self.identity = nn.Parameter(torch.randn(num_landmarks + grid**2, channels) * 0.02)
+        self.branches = nn.ModuleDict(
+            {
+                name: LandmarkTokens(number, channels, num_classes, (reach or {}).get(name))
+                for name, number in num_landmarks.items()
+            }
+        )
+        self.grid_identity = nn.Parameter(torch.randn(grid**2, channels) * 0.02)
         self.register_buffer("grid", _grid_in_box(grid), persistent=False)
         layer = nn.TransformerEncoderLayer(
             channels, _HEADS, 2 * channels, dropout=0.0, batch_first=True, norm_first=True
         )
         self.layers = nn.TransformerEncoder(layer, num_layers, enable_nested_tensor=False)
         self.norm = nn.LayerNorm(channels)
-        self.out = nn.Linear(channels, 2)
-        self.trust = nn.Linear(channels, 1) if reach else None
-        self.quality = nn.Linear(channels, num_classes)
-        set_prior(self.quality, _QUALITY_BEFORE_TRAINING)
-        # At first nothing moves, but to where the search leads.
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
 
     def forward(
         self,
         features: list[Tensor],
         image: Tensor,
-        landmarks: Tensor,
-        heatmaps: Tensor | None = None,
-    ) -> Polished:
+        landmarks: Sequence[Tensor],
+        heatmaps: Mapping[str, Tensor] | None = None,
+    ) -> list[Polished]:
         """
         Args:
             features: per stride (B, C, H, W).
             image: (N,), in which image the points are.
-            landmarks: (N, V, 2) in pixels of the network's input.
-            heatmaps: (B, V, H, W), on which they are sought, if they are; of the first stride.
+            landmarks: of each branch (N, V, 2) in pixels of the network's input.
+            heatmaps: (B, V, H, W), on which those of a branch are sought; of the first stride.
+
+        Returns:
+            What becomes of those of each branch.
         """
-        low, high = landmarks.amin(dim=1), landmarks.amax(dim=1)
+        low, high = landmarks[0].amin(dim=1), landmarks[0].amax(dim=1)
         size = (high - low).norm(dim=1).clamp(min=1)[:, None, None]
         middle = ((low + high) / 2)[:, None]
-        points = torch.cat([landmarks, middle + (high - low)[:, None] * self.grid], dim=1)
-        place = (points - middle) / size
+        grid = middle + (high - low)[:, None] * self.grid
+        points = torch.cat([*landmarks, grid], dim=1)
         sampled = torch.cat(
             [
                 sample_features(feature, stride, image, points)
@@ -126,84 +172,35 @@ class PolishStep(nn.Module):
             ],
             dim=2,
         )
-        tokens = self.appearance(sampled) + self.place(place.to(sampled)) + self.identity
-        count = landmarks.shape[1]
-        found = way = None
-        if self.search is not None:
-            found = self.search(heatmaps, self.strides[0], image, landmarks, size)
-            offset, confidence = found.expectation()
-            way = offset / DISPLACEMENT_UNIT
-            seen = torch.cat([confidence, way], dim=2).to(tokens)
-            guided = tokens[:, :count] + self.guidance(seen)
-            tokens = torch.cat([guided, tokens[:, count:]], dim=1)
-        tokens = self.norm(self.layers(tokens))
-        moving = tokens[:, :count]
-        moves = self.out(moving)
-        if way is not None:
-            moves = moves + self.trust(moving).sigmoid() * way
-        moved = landmarks + DISPLACEMENT_UNIT * size * moves.to(landmarks)
-        return Polished(moved, self.quality(tokens.mean(dim=1)), found)
-
-
-class LandmarkPolish(nn.Module):
-    """Moves the landmarks of one branch, step by step."""
-
-    def __init__(
-        self,
-        num_landmarks: int,
-        in_channels: int,
-        strides: list[int],
-        num_classes: int,
-        *,
-        num_steps: int = 1,
-        grid: int = 0,
-        searchable: bool = False,
-    ) -> None:
-        """
-        Args:
-            num_landmarks, in_channels, strides, num_classes, grid: see :class:`PolishStep`.
-            num_steps: at least 1.
-            searchable: whether landmarks are sought.
-        """
-        super().__init__()
-        self.steps = nn.ModuleList(
-            PolishStep(
-                num_landmarks,
-                in_channels,
-                strides,
-                num_classes,
-                grid=grid,
-                reach=_REACH / 2**step if searchable else None,
-            )
-            for step in range(num_steps)
-        )
-
-    def forward(
-        self,
-        features: list[Tensor],
-        image: Tensor,
-        landmarks: Tensor,
-        heatmaps: Tensor | None = None,
-    ) -> list[Polished]:
-        """
-        Args:
-            features, image, landmarks, heatmaps: see :meth:`PolishStep.forward`.
-
-        Returns:
-            What each step makes of them. No gradient flows from a step to those before.
-        """
-        moved = []
-        for step in self.steps:
-            moved.append(step(features, image, landmarks, heatmaps))
-            landmarks = moved[-1].landmarks.detach()
-        return moved
+        place = ((points - middle) / size).to(sampled)
+        identity = [*(branch.identity for branch in self.branches.values()), self.grid_identity]
+        tokens = self.appearance(sampled) + self.place(place) + torch.cat(identity)
+        counts = [x.shape[1] for x in (*landmarks, grid)]
+        *own, of_grid = tokens.split(counts, dim=1)
+        searches, suggested = [None] * len(own), [None] * len(own)
+        for i, (name, branch) in enumerate(self.branches.items()):
+            if branch.search is not None:
+                searches[i] = branch.search(
+                    heatmaps[name], self.strides[0], image, landmarks[i], size
+                )
+                guidance, suggested[i] = branch.guide(searches[i])
+                own[i] = own[i] + guidance
+        tokens = self.norm(self.layers(torch.cat([*own, of_grid], dim=1)))
+        *own, of_grid = tokens.split(counts, dim=1)
+        polished = []
+        for i, branch in enumerate(self.branches.values()):
+            moves = branch.moves(own[i], suggested[i])
+            moved = landmarks[i] + DISPLACEMENT_UNIT * size * moves.to(size)
+            quality = branch.quality(torch.cat([own[i], of_grid], dim=1).mean(dim=1))
+            polished.append(Polished(moved, quality, searches[i]))
+        return polished
 
 
 class Polish(nn.Module):
-    """The third stage of all branches.
+    """The third stage: step after step on the features of the backbone.
 
     Attributes:
-        branches: what moves the landmarks of each branch, by its name.
+        steps: from one to the next.
         outlines: of the branches that have any, what they teach the finest features.
         heatmaps: of those whose landmarks are sought, what makes the maps for it.
     """
@@ -211,7 +208,7 @@ class Polish(nn.Module):
     def __init__(
         self,
         in_features: Sequence[str],
-        branches: Mapping[str, LandmarkPolish],
+        steps: Sequence[PolishStep],
         convs: Sequence[nn.Module] = (),
         outlines: Mapping[str, OutlineMaps] | None = None,
         heatmaps: Mapping[str, nn.Module] | None = None,
@@ -220,11 +217,11 @@ class Polish(nn.Module):
         Args:
             in_features: names of the feature maps that are looked at, finest first.
             convs: what the finest goes through before.
-            branches, outlines, heatmaps: see the class.
+            steps, outlines, heatmaps: see the class.
         """
         super().__init__()
         self.in_features = list(in_features)
-        self.branches = nn.ModuleDict(branches)
+        self.steps = nn.ModuleList(steps)
         self.convs = nn.Sequential(*convs)
         self.outlines = nn.ModuleDict(outlines or {})
         self.heatmaps = nn.ModuleDict(heatmaps or {})
@@ -235,15 +232,23 @@ class Polish(nn.Module):
         return [self.convs(finest), *others]
 
     def forward(
-        self, name: str, features: list[Tensor], image: Tensor, landmarks: Tensor
-    ) -> list[Polished]:
-        """As :meth:`LandmarkPolish.forward`, of the branch of this name.
-
+        self, features: list[Tensor], image: Tensor, landmarks: Sequence[Tensor]
+    ) -> list[list[Polished]]:
+        """
         Args:
             features: of :meth:`features`.
+            image, landmarks: see :meth:`PolishStep.forward`.
+
+        Returns:
+            What each step makes of those of each branch. No gradient flows from a step to those
+            before.
         """
-        heatmaps = self.heatmaps[name](features[0]) if name in self.heatmaps else None
-        return self.branches[name](features, image, landmarks, heatmaps)
+        heatmaps = {name: maps(features[0]) for name, maps in self.heatmaps.items()}
+        results = []
+        for step in self.steps:
+            results.append(step(features, image, landmarks, heatmaps))
+            landmarks = [polished.landmarks.detach() for polished in results[-1]]
+        return results
 
 
 def _grid_in_box(count: int) -> Tensor:
@@ -283,18 +288,17 @@ def build_polish(
     finest = shapes[names[0]]
     outlined = [b for b in branches if b.outlined and node.OUTLINE_MAPS]
     searchable = [b for b in branches if b.searchable and node.KEYPOINT_SEARCH]
-    polished = {
-        branch.name: LandmarkPolish(
-            branch.num_landmarks,
+    steps = [
+        PolishStep(
+            {branch.name: branch.num_landmarks for branch in branches},
             sum(shapes[name].channels for name in names),
             [shapes[name].stride for name in names],
             node.NUM_CLASSES,
-            num_steps=node.POLISH_STEPS,
             grid=node.POLISH_GRID,
-            searchable=branch in searchable,
+            reach={branch.name: _REACH / 2**number for branch in searchable},
         )
-        for branch in branches
-    }
+        for number in range(node.POLISH_STEPS)
+    ]
     num_convs = _NUM_CONVS if outlined or searchable else 0
     convs = [ConvNormAct(finest.channels, finest.channels) for _ in range(num_convs)]
     outlines = {
@@ -307,4 +311,4 @@ def build_polish(
         for branch in outlined
     }
     heatmaps = {b.name: same_conv(finest.channels, b.num_landmarks, 1) for b in searchable}
-    return Polish(names, polished, convs, outlines, heatmaps)
+    return Polish(names, steps, convs, outlines, heatmaps)

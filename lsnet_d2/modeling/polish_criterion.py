@@ -4,7 +4,7 @@ Letters: B images, A anchor points of all levels together, K classes, V landmark
 points.
 """
 
-from dataclasses import replace
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from .head import HeadOutput
 from .landmarks import LandmarkBranch, LandmarkTargets
 from .outlines import known_cells
 from .points import AnchorPoints
-from .polish import Polish
+from .polish import Polish, Polished
 from .samples import BranchSamples, GroundTruth, Matches
 
 
@@ -83,15 +83,37 @@ class PolishCriterion:
             fine: the feature maps that it looks at.
         """
         decoys = self.find_decoys(points, predictions, samples[0], background, truth)
+        positives = samples[0].positives  # all have what the first branch learns
+        kept = torch.arange(len(positives), device=decoys.point.device)
+        if self.positives:
+            kept = few_of_each(positives.object, self.positives)
+        candidates = Matches.cat([positives[kept], decoys])
+        landmarks = [
+            found.branch.decode(
+                dense[candidates.image, candidates.point].detach().float(),
+                points.xy[candidates.point],
+                points.strides[candidates.point],
+            )
+            for found, dense in zip(samples, predictions.refine, strict=True)
+        ]
+        steps = polish(fine, candidates.image, landmarks)
         classes = torch.cat(truth.classes)
         losses = {}
-        for found, dense in zip(samples, predictions.refine, strict=True):
+        for found, *polished in zip(samples, *steps, strict=True):
+            learned = found.targets.present[positives.object[kept]]
+            normalizer = found.normalizer
             if self.positives:
-                found = few_samples(found, self.positives, len(background))
-            known = decoys[_teaching(decoys, found.targets)]
-            vectors = dense[known.image, known.point].to(found.vectors)
-            losses |= self.branch_losses(points, found, known, vectors, classes, polish, fine)
+                normalizer = self.normalizer(positives[kept[learned]], len(background))
+            losses |= self.branch_losses(
+                found.branch, polished, candidates, len(kept), found.targets, classes, normalizer
+            )
         return losses
+
+    @staticmethod
+    def normalizer(positives: Matches, num_images: int) -> Tensor:
+        """What losses are divided by: the number of positives, at least one an image."""
+        per_image = torch.bincount(positives.image, minlength=num_images)
+        return mean_over_workers(per_image.clamp(min=1).sum().float())
 
     @staticmethod
     def map_losses(
@@ -162,56 +184,50 @@ class PolishCriterion:
 
     def branch_losses(
         self,
-        points: AnchorPoints,
-        samples: BranchSamples,
-        decoys: Matches,
-        decoy_vectors: Tensor,
+        branch: LandmarkBranch,
+        steps: Sequence[Polished],
+        candidates: Matches,
+        num_positives: int,
+        targets: LandmarkTargets,
         classes: Tensor,
-        polish: Polish,
-        fine: list[Tensor],
+        normalizer: Tensor,
     ) -> dict[str, Tensor]:
         """Losses of a branch: means over the steps of the third stage.
 
-        Each step takes the landmarks of the refine stage, or of the step before, without their
-        gradient. What it says of their quality is learned from what it makes of them.
+        What a step says of the quality of landmarks is learned from what it makes of them.
 
         Args:
-            decoys: M points.
-            decoy_vectors: (M, V + 1, 4) in cells.
-            classes: of the objects of all images.
+            steps: what each makes of the candidates.
+            candidates: positives, and decoys behind them.
+            num_positives: among the candidates.
+            targets, classes: of the objects of all images.
+            normalizer: scalar, what losses are divided by.
         """
-        branch, positives = samples.branch, samples.positives
-        count = len(positives)
-        image, point, owner = (
-            torch.cat(pair)
-            for pair in (
-                (positives.image, decoys.image),
-                (positives.point, decoys.point),
-                (positives.object, decoys.object),
-            )
-        )
-        landmarks = branch.decode(
-            torch.cat([samples.vectors, decoy_vectors]).detach(),
-            points.xy[point],
-            points.strides[point],
-        )
-        targets = samples.targets[positives.object]
-        owned = torch.nonzero(owner >= 0).squeeze(1)
-        owner = owner[owned]
+        # Of candidates without an object it is known that nothing is there, and of those with an
+        # object from which the branch learns, what.
+        owned = candidates.object >= 0
+        owned[owned.clone()] = targets.present[candidates.object[owned]]
+        known = owned | (candidates.object < 0)
+        owned = torch.nonzero(owned).squeeze(1)
+        owner = candidates.object[owned]
+        learned = owned < num_positives
+        learned, taught = owned[learned], targets[owner[learned]]
         displacement, judgement, searching = [], [], []
-        for moved, logits, search in polish(branch.name, fine, image, landmarks):
+        for moved, logits, search in steps:
             if search is not None:
-                loss = search[:count].loss(targets.landmarks, targets.visible)
+                loss = search[learned].loss(taught.landmarks, taught.visible)
                 searching.append(loss.sum())
-            displacement.append(branch.displacement_loss(moved[:count], targets).sum())
+            displacement.append(branch.displacement_loss(moved[learned], taught).sum())
             quality = torch.zeros_like(logits, dtype=torch.float32)
-            reached = branch.quality(moved[owned].detach(), samples.targets[owner])
+            reached = branch.quality(moved[owned].detach(), targets[owner])
             quality[owned, classes[owner]] = reached.to(quality)
             judgement.append(
-                F.binary_cross_entropy_with_logits(logits.float(), quality, reduction="sum")
+                F.binary_cross_entropy_with_logits(
+                    logits[known].float(), quality[known], reduction="sum"
+                )
             )
         return {
-            f"loss_{branch.name}_{name}": weight * torch.stack(losses).mean() / samples.normalizer
+            f"loss_{branch.name}_{name}": weight * torch.stack(losses).mean() / normalizer
             for name, weight, losses in (
                 ("polish", branch.loss_weights["polish"], displacement),
                 ("quality", self.quality_loss_weight, judgement),
@@ -219,29 +235,6 @@ class PolishCriterion:
             )
             if losses
         }
-
-
-def _teaching(matches: Matches, targets: LandmarkTargets) -> Tensor:
-    """(N,) bool: matches with no object, or with one from which the branch learns."""
-    teaching = matches.object < 0
-    teaching[~teaching] = targets.present[matches.object[~teaching]]
-    return teaching
-
-
-def few_samples(samples: BranchSamples, count: int, num_images: int) -> BranchSamples:
-    """At most ``count`` samples of each object, chosen at random.
-
-    They are the new normalizer, at least one an image.
-    """
-    kept = few_of_each(samples.positives.object, count)
-    positives = samples.positives[kept]
-    per_image = torch.bincount(positives.image, minlength=num_images)
-    return replace(
-        samples,
-        vectors=samples.vectors[kept],
-        positives=positives,
-        normalizer=mean_over_workers(per_image.clamp(min=1).sum().float()),
-    )
 
 
 def few_of_each(values: Tensor, count: int) -> Tensor:

@@ -4,8 +4,9 @@ Letters: B images, A anchor points of all levels together, G objects, V landmark
 points.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+import torch
 from torch import Tensor
 
 from .landmarks import LandmarkBranch, LandmarkTargets
@@ -48,6 +49,10 @@ class Matches:
 
     def __len__(self) -> int:
         return len(self.image)
+
+    @staticmethod
+    def cat(matches: "list[Matches]") -> "Matches":
+        return Matches(*(torch.cat([getattr(m, f.name) for m in matches]) for f in fields(Matches)))
 
 
 @dataclass

@@ -3,7 +3,7 @@ import torch
 from detectron2.utils.events import EventStorage
 from tiny_model import make_input, tiny_model
 
-from lsnet_d2.modeling.polish import LandmarkPolish, Polished, PolishStep
+from lsnet_d2.modeling.polish import Polish, Polished, PolishStep
 
 BOXES = [[10, 12, 60, 70], [70, 20, 120, 90], [30, 40, 44, 60]]
 BRANCHES = ["extreme", "contour", "keypoint"]
@@ -27,36 +27,65 @@ def losses_of(model, inputs):
         return model(inputs)
 
 
+def one_step(num_landmarks=5, stride=4, **keys):
+    return PolishStep({"bbox": num_landmarks}, 8, [stride], 3, **keys)
+
+
 def test_nothing_moves_at_first():
-    polish = PolishStep(5, 8, [4], 3)
+    polish = one_step()
     landmarks = torch.rand(3, 5, 2) * 30
     features, image = [torch.randn(2, 8, 10, 10)], torch.tensor([0, 1, 1])
-    moved, quality, _ = polish(features, image, landmarks)
+    ((moved, quality, _),) = polish(features, image, [landmarks])
     torch.testing.assert_close(moved, landmarks)
     assert quality.shape == (3, 3)
-    moved, quality, _ = polish(features, image[:0], landmarks[:0])
+    ((moved, quality, _),) = polish(features, image[:0], [landmarks[:0]])
     assert moved.shape == (0, 5, 2) and quality.shape == (0, 3)
 
 
 def test_moves_are_relative_to_the_size_of_the_object():
     torch.manual_seed(0)
-    polish = PolishStep(5, 8, [4], 3).eval()
-    torch.nn.init.normal_(polish.out.weight)
+    polish = one_step().eval()
+    torch.nn.init.normal_(polish.branches["bbox"].out.weight)
     features, image = [torch.ones(1, 8, 100, 100)], torch.tensor([0, 0])
     landmarks = torch.rand(1, 5, 2) * 30 + 60
     both = torch.cat([landmarks, landmarks * 3])
-    small, large = polish(features, image, both)[0] - both
+    small, large = polish(features, image, [both])[0].landmarks - both
     assert small.abs().max() > 0.1
     torch.testing.assert_close(large, 3 * small, rtol=1e-4, atol=1e-4)
 
 
+def test_the_first_branch_says_how_large_the_object_is():
+    polish = PolishStep({"bbox": 4, "pose": 3}, 8, [4], 3).eval()
+    torch.nn.init.constant_(polish.branches["pose"].out.bias, 1.0)
+    corners = torch.tensor([[0.0, 0.0], [30.0, 0.0], [30.0, 40.0], [0.0, 40.0]])
+    boxes, poses = torch.stack([corners, 2 * corners]), torch.full((2, 3, 2), 20.0)
+    _, pose = polish([torch.ones(1, 8, 20, 20)], torch.tensor([0, 0]), [boxes, poses])
+    # a tenth of the diagonals, 50 and 100 pixels
+    expected = torch.tensor([5.0, 10.0])[:, None, None].expand(2, 3, 2)
+    torch.testing.assert_close(pose.landmarks - poses, expected)
+
+
+def test_branches_tell_each_other_what_they_see():
+    torch.manual_seed(0)
+    polish = PolishStep({"bbox": 4, "pose": 3}, 8, [1], 3).eval()
+    torch.nn.init.normal_(polish.branches["bbox"].out.weight)
+    boxes, poses = torch.rand(1, 4, 2) * 10, torch.full((1, 3, 2), 30.0)
+    plain, under_pose = torch.zeros(1, 8, 40, 40), torch.zeros(1, 8, 40, 40)
+    under_pose[..., 30, 30] = 1.0
+    before, after = (
+        polish([feature], torch.tensor([0]), [boxes, poses])[0] for feature in (plain, under_pose)
+    )
+    assert (before.landmarks - after.landmarks).abs().max() > 1e-3
+    assert (before.quality - after.quality).abs().max() > 1e-3
+
+
 def test_each_step_starts_from_the_one_before():
-    polish = LandmarkPolish(5, 8, [4], 3, num_steps=3).eval()
+    polish = Polish(["p2"], [one_step() for _ in range(3)]).eval()
     features, image = [torch.ones(1, 8, 100, 100)], torch.tensor([0])
     landmarks = torch.rand(1, 5, 2) * 30 + 60
     for step in polish.steps:
-        torch.nn.init.constant_(step.out.bias, 0.5)
-    moved = [step.landmarks for step in polish(features, image, landmarks)]
+        torch.nn.init.constant_(step.branches["bbox"].out.bias, 0.5)
+    moved = [step.landmarks for (step,) in polish(features, image, [landmarks])]
     assert len(moved) == 3
     # a shape that is only shifted keeps its size, hence the length of its moves
     first = moved[0] - landmarks
@@ -68,14 +97,16 @@ def test_each_step_starts_from_the_one_before():
 @pytest.mark.parametrize("grid, seen", [(0, False), (2, True)])
 def test_the_grid_sees_the_inside_of_the_object(grid, seen):
     torch.manual_seed(0)
-    polish = PolishStep(4, 8, [1], 3, grid=grid).eval()
-    torch.nn.init.normal_(polish.out.weight)
+    polish = one_step(4, stride=1, grid=grid).eval()
+    torch.nn.init.normal_(polish.branches["bbox"].out.weight)
     landmarks = torch.tensor([[[10.0, 20.0], [30.0, 20.0], [30.0, 50.0], [10.0, 50.0]]])
     plain, inside = torch.zeros(1, 8, 60, 60), torch.zeros(1, 8, 60, 60)
     # x, y of a quarter of the box's sides from its corners
     inside[0, :, [27, 27, 42, 42], [15, 25, 15, 25]] = 1.0
-    before, after = (polish([feature], torch.tensor([0]), landmarks) for feature in (plain, inside))
-    assert before[0].shape == (1, 4, 2)
+    before, after = (
+        polish([feature], torch.tensor([0]), [landmarks])[0] for feature in (plain, inside)
+    )
+    assert before.landmarks.shape == (1, 4, 2)
     for one, other in zip(before[:2], after[:2], strict=True):
         assert ((one - other).abs().max() > 1e-3) == seen
 
@@ -97,7 +128,8 @@ def test_no_gradient_reaches_the_stages_before():
     losses = losses_of(model, [make_input(BOXES, [0, 1, 2])])
     losses["loss_segm_polish"].backward()
     assert all(parameter.grad is None for parameter in model.head.parameters())
-    assert all(step.out.weight.grad.abs().max() > 0 for step in model.polish.branches["segm"].steps)
+    for step in model.polish.steps:
+        assert step.branches["segm"].out.weight.grad.abs().max() > 0
 
 
 @pytest.mark.parametrize("search", [False, True])
@@ -144,8 +176,8 @@ def test_detections_are_moved_and_their_boxes_follow():
     inputs = [make_input(BOXES, [0, 1, 2])]
     with torch.no_grad():
         (plain,) = model(inputs)
-        for step in model.polish.branches["bbox"].steps:
-            step.out.bias += torch.tensor([0.2, 0.0])
+        for step in model.polish.steps:
+            step.branches["bbox"].out.bias += torch.tensor([0.2, 0.0])
         (moved,) = model(inputs)
     plain, moved = plain["instances"], moved["instances"]
     assert len(moved) == len(plain)
@@ -171,9 +203,10 @@ def test_scores_join_class_and_quality():
     model = detecting_model(NMS_THRESH_TEST=1.0)
     of_class = torch.tensor([1.0, 0.9, 0.8])
     for branch, quality in (("bbox", 0.5), ("segm", 0.25), ("pose", 0.125)):
-        (step,) = model.polish.branches[branch].steps
-        torch.nn.init.zeros_(step.quality.weight)
-        step.quality.bias.data.copy_(torch.logit(quality * of_class))
+        (step,) = model.polish.steps
+        judge = step.branches[branch].quality
+        torch.nn.init.zeros_(judge.weight)
+        judge.bias.data.copy_(torch.logit(quality * of_class))
     inputs = [make_input(BOXES, [0, 1, 2])]
 
     def detect(share):
@@ -196,14 +229,11 @@ def test_detections_that_meet_are_one():
     model = detecting_model()
 
     class Meeting(torch.nn.Module):
-        def forward(self, features, image, landmarks, maps):
-            return [
-                Polished(landmarks[:1].expand_as(landmarks), torch.zeros(len(landmarks), 3), None)
-            ]
+        def forward(self, features, image, landmarks, heatmaps):
+            return [Polished(x[:1].expand_as(x), torch.zeros(len(x), 3), None) for x in landmarks]
 
     with torch.no_grad():
-        for name in model.polish.branches:
-            model.polish.branches[name] = Meeting()
+        model.polish.steps = torch.nn.ModuleList([Meeting()])
         (found,) = model([make_input(BOXES, [0, 1, 2])])
     classes = found["instances"].pred_classes.tolist()
     assert len(classes) == len(set(classes)) > 1

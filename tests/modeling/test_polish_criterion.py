@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from lsnet_d2.modeling.head import HeadOutput
 from lsnet_d2.modeling.landmarks import LandmarkTargets
 from lsnet_d2.modeling.points import make_anchor_points
 from lsnet_d2.modeling.polish import Polished
-from lsnet_d2.modeling.polish_criterion import PolishCriterion, few_of_each, few_samples
+from lsnet_d2.modeling.polish_criterion import PolishCriterion, few_of_each
 from lsnet_d2.modeling.samples import BranchSamples, GroundTruth, Matches
 from lsnet_d2.modeling.vectors import encode_vectors
 
@@ -33,24 +34,9 @@ def test_few_of_each_value_at_random():
     assert (counts[values == 3] - 500).abs().max() < 70
 
 
-def test_thinned_samples_stay_together():
-    objects = torch.tensor([0, 0, 2, 0, 2, 1])
-    places = torch.arange(6)
-    samples = BranchSamples(
-        branch=ExtremeBranch(),
-        vectors=places[:, None, None].expand(6, 5, 4),
-        positives=Matches(image=places + 10, point=places + 20, object=objects),
-        targets=None,
-        normalizer=torch.tensor(6.0),
-    )
-    few = few_samples(samples, 2, 18)
-    kept = few.vectors[:, 0, 0]
-    assert torch.equal(few.positives.image, kept + 10)
-    assert torch.equal(few.positives.point, kept + 20)
-    assert few.positives.object.sort().values.tolist() == [0, 0, 1, 2, 2]
-    # of the images 10 to 15 all that are left have a sample, and those before and after count one
-    chosen = len(few.positives.image.unique())
-    assert few.normalizer == 5 + 18 - chosen
+def test_normalizer_is_the_number_of_positives_at_least_one_an_image():
+    positives = Matches(torch.tensor([1, 1, 1, 3]), torch.arange(4), torch.tensor([0, 0, 1, 2]))
+    assert PolishCriterion.normalizer(positives, 5) == 3 + 1 + 3
 
 
 class TestLosses:
@@ -58,42 +44,26 @@ class TestLosses:
 
     def setup_method(self):
         self.branch = ExtremeBranch(polish_weight=3.0)
-        self.points = make_anchor_points([(8, 8)], [8], torch.device("cpu"))
         self.landmarks = torch.tensor([[[10.0, 0.0], [0.0, 20.0], [20.0, 40.0], [30.0, 10.0]]])
         self.start = self.landmarks + torch.tensor([0.0, 5.0])
-        self.samples = BranchSamples(
-            branch=self.branch,
-            vectors=self.vectors(torch.tensor([9, 12])),
-            positives=matches([9, 12], [0, 0]),
-            targets=LandmarkTargets.make(self.landmarks, self.branch.boxes(self.landmarks)),
-            normalizer=torch.tensor(2.0),
-        )
+        self.targets = LandmarkTargets.make(self.landmarks, self.branch.boxes(self.landmarks))
 
-    def vectors(self, point):
-        ends = torch.cat([self.start, torch.zeros(1, 1, 2)], dim=1)
-        return encode_vectors(ends - self.points.xy[point][:, None], self.branch.alpha) / 8
-
-    def losses(self, decoys, polish):
+    def losses(self, objects, num_positives, steps, targets=None):
         return PolishCriterion(quality_loss_weight=2.0).branch_losses(
-            self.points,
-            self.samples,
-            decoys,
-            self.vectors(decoys.point),
+            self.branch,
+            [Polished(*step, None) for step in steps],
+            matches([9, 12, 10, 20][-len(objects) :], objects),
+            num_positives,
+            self.targets if targets is None else targets,
             torch.tensor([1]),
-            polish,
-            [],
+            torch.tensor(2.0),
         )
 
     def test_places(self):
         """The second step puts one of the positives right."""
-
-        def polish(name, fine, image, found):
-            assert name == "bbox"
-            torch.testing.assert_close(found, self.start.expand(4, 4, 2))
-            moved = torch.cat([self.landmarks, found[1:]])
-            return [Polished(x, torch.zeros(4, 3), None) for x in (found, moved)]
-
-        losses = self.losses(matches([10, 20], [0, -1]), polish)
+        found = self.start.expand(4, 4, 2)
+        moved = torch.cat([self.landmarks, found[1:]])
+        losses = self.losses([0, 0, 0, -1], 2, [(x, torch.zeros(4, 3)) for x in (found, moved)])
         # 5 pixels are a unit: top and bottom are off across their sides, left and right along them
         wrong = (1 + 1 + 0.25 + 0.25) / 4
         mean_of_steps = (2 * wrong + wrong) / 2
@@ -106,14 +76,11 @@ class TestLosses:
         iou = 35 / 45
         quality = torch.zeros(4, 3)
         quality[:, 1] = torch.tensor([1, iou, iou, 0])
+        moved = torch.cat([self.landmarks, self.start.expand(3, 4, 2)])
 
         def loss(told):
             logits = told.clamp(1e-4, 1 - 1e-4).logit().requires_grad_()
-            moved = torch.cat([self.landmarks, self.start.expand(3, 4, 2)])
-            found = self.losses(
-                matches([10, 20], [0, -1]), lambda *_: [Polished(moved, logits, None)]
-            )
-            return found["loss_bbox_quality"].item()
+            return self.losses([0, 0, 0, -1], 2, [(moved, logits)])["loss_bbox_quality"].item()
 
         least = loss(quality)
         for sample in range(4):
@@ -124,16 +91,19 @@ class TestLosses:
                     if 0 <= other[sample, of_class] <= 1:
                         assert loss(other) > least + 1e-3
 
+    def test_objects_from_which_a_branch_learns_nothing(self):
+        """Of these only what is no object counts, the last candidate."""
+        absent = replace(self.targets, present=torch.tensor([False]))
+        logits = torch.zeros(4, 3, requires_grad=True)
+        step = (self.start.expand(4, 4, 2), logits)
+        losses = self.losses([0, 0, 0, -1], 2, [step], absent)
+        assert losses["loss_bbox_polish"] == 0
+        assert losses["loss_bbox_quality"].item() == pytest.approx(2 * 3 * math.log(2) / 2)
+
     def test_no_objects(self):
-        self.samples.positives = matches([], [])
-        self.samples.vectors = self.samples.vectors[:0]
-        self.samples.targets = self.samples.targets[torch.tensor([], dtype=torch.int64)]
-        step = torch.nn.Linear(2, 3)
-
-        def polish(name, fine, image, found):
-            return [Polished(found, step(found.mean(dim=1)), None)]
-
-        losses = self.losses(matches([10, 20], [-1, -1]), polish)
+        none = self.targets[torch.tensor([], dtype=torch.int64)]
+        found = self.start.expand(2, 4, 2)
+        losses = self.losses([-1, -1], 0, [(found, torch.zeros(2, 3))], none)
         assert losses["loss_bbox_polish"] == 0
         assert losses["loss_bbox_quality"] > 0
 

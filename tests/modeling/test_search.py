@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tiny_model import make_input, tiny_model
 
 from lsnet_d2.layers import sample_features
-from lsnet_d2.modeling.polish import LandmarkPolish
+from lsnet_d2.modeling.polish import PolishStep
 from lsnet_d2.modeling.search import LandmarkSearch, SearchResult, sample_own_heatmaps
 
 STRIDE = 4
@@ -147,12 +147,14 @@ def test_search_scales_with_the_object(seed, scale):
 
 @pytest.mark.parametrize("trust, share", [(30.0, 1), (-30.0, 0)])
 def test_the_third_stage_goes_where_a_landmark_was_found(trust, share):
-    polish = LandmarkPolish(2, 64, [STRIDE], 1, searchable=True)
-    torch.nn.init.zeros_(polish.steps[0].trust.weight)
-    torch.nn.init.constant_(polish.steps[0].trust.bias, trust)
+    polish = PolishStep({"pose": 2}, 64, [STRIDE], 1, reach={"pose": 0.3})
+    trusting = polish.branches["pose"].trust
+    torch.nn.init.zeros_(trusting.weight)
+    torch.nn.init.constant_(trusting.bias, trust)
     maps = torch.stack([peak(48, 24), peak(40, 16)])[None]
     landmarks = torch.tensor([[[44.0, 24.0], [36.0, 12.0]]])
-    (moved,) = polish([torch.zeros(1, 64, 12, 20)], torch.tensor([0]), landmarks, maps)
+    features = [torch.zeros(1, 64, 12, 20)]
+    (moved,) = polish(features, torch.tensor([0]), [landmarks], {"pose": maps})
     expected = landmarks + share * moved.search.expectation()[0] * math.hypot(8, 12)
     torch.testing.assert_close(moved.landmarks, expected)
     if share:
@@ -161,8 +163,8 @@ def test_the_third_stage_goes_where_a_landmark_was_found(trust, share):
 
 
 def test_later_steps_search_closer():
-    steps = LandmarkPolish(2, 64, [STRIDE], 1, num_steps=3, searchable=True).steps
-    reaches = [step.search.lattice.max().item() for step in steps]
+    steps = tiny_model(**{**LSNET, "POLISH_STEPS": 3}).polish.steps
+    reaches = [step.branches["pose"].search.lattice.max().item() for step in steps]
     assert reaches == pytest.approx([0.3, 0.15, 0.075])
 
 
