@@ -15,11 +15,12 @@ from detectron2.utils.events import get_event_storage
 from fvcore.nn import sigmoid_focal_loss
 from torch import Tensor
 
-from .assigners import assign_atss, assign_nearest
+from .assigners import assign_atss, assign_nearest, pairwise_iou_inverted
 from .corner_verification import CornerCriterion
 from .distributed import mean_over_workers
 from .head import HeadOutput
 from .landmarks import LandmarkBranch, LandmarkTargets
+from .losses import quality_focal_loss
 from .points import AnchorPoints, points_in_boxes
 from .polish import Polish
 from .polish_criterion import PolishCriterion
@@ -45,6 +46,7 @@ class Criterion:
         focal_loss_gamma: float = 2.0,
         init_positives: int = 1,
         atss_topk: int = 9,
+        cls_soft_labels: bool = False,
         ignore_crowd: bool = True,
         corners: CornerCriterion | None = None,
         polish: PolishCriterion | None = None,
@@ -57,6 +59,7 @@ class Criterion:
             num_classes: K.
             init_positives: anchor points that each object takes in the init stage.
             atss_topk: candidates per level and object in the refine stage.
+            cls_soft_labels: teach a class as much as the box at the point overlaps the object's.
             ignore_crowd: leave points inside ``ignore_boxes``, and inside objects without what the
                 first branch learns, out of the losses of classes and of corner verification.
             corners: the losses of corner verification, if there is any.
@@ -71,6 +74,7 @@ class Criterion:
         self.focal_loss_gamma = focal_loss_gamma
         self.init_positives = init_positives
         self.atss_topk = atss_topk
+        self.cls_soft_labels = cls_soft_labels
         self.ignore_crowd = ignore_crowd
         self.corners = corners
         self.polish = polish
@@ -93,6 +97,7 @@ class Criterion:
             "focal_loss_gamma": cfg.MODEL.LSNET.FOCAL_LOSS_GAMMA,
             "init_positives": cfg.MODEL.LSNET.INIT_POSITIVES,
             "atss_topk": cfg.MODEL.LSNET.ATSS_TOPK,
+            "cls_soft_labels": cfg.MODEL.LSNET.CLS_SOFT_LABELS,
             "ignore_crowd": cfg.MODEL.LSNET.IGNORE_CROWD,
             "corners": CornerCriterion(cfg) if cfg.MODEL.LSNET.CPV else None,
             "polish": PolishCriterion(cfg) if cfg.MODEL.LSNET.POLISH_IN_FEATURES else None,
@@ -150,7 +155,10 @@ class Criterion:
             )
         # Classes are learned where the refine stage has its objects.
         counted = truth.valid & ~((assigned < 0) & truth.ignored)
-        loss = self.classification_loss(predictions.logits, assigned, truth.classes, counted)
+        overlaps = self.overlaps(points, samples[0], assigned) if self.cls_soft_labels else None
+        loss = self.classification_loss(
+            predictions.logits, assigned, truth.classes, counted, overlaps
+        )
         return {"loss_cls": self.cls_loss_weight * loss / normalizers[0], **losses}
 
     def ground_truth(
@@ -265,8 +273,30 @@ class Criterion:
         totals = torch.stack([total, *(total - n for n in without)]).float()
         return mean_over_workers(totals).clamp(min=1 / comm.get_world_size())
 
+    @staticmethod
+    @torch.no_grad()
+    def overlaps(points: AnchorPoints, first: BranchSamples, assigned: Tensor) -> Tensor:
+        """(B, A): IOU of the box predicted at each point with that of its object, 0 without one.
+
+        Args:
+            first: of the first branch, which supplies the boxes.
+            assigned: (B, A), of the same stage.
+        """
+        branch, (image, point) = first.branch, (first.positives.image, first.positives.point)
+        boxes = branch.boxes(branch.decode(first.vectors, points.xy[point], points.strides[point]))
+        overlaps = torch.zeros_like(assigned, dtype=torch.float32)
+        overlaps[image, point] = pairwise_iou_inverted(
+            boxes, first.targets.boxes[first.positives.object]
+        )
+        return overlaps.clamp(0, 1)
+
     def classification_loss(
-        self, logits: Tensor, assigned: Tensor, gt_classes: list[Tensor], counted: Tensor
+        self,
+        logits: Tensor,
+        assigned: Tensor,
+        gt_classes: list[Tensor],
+        counted: Tensor,
+        overlaps: Tensor | None = None,
     ) -> Tensor:
         """Focal loss, summed over all counted points.
 
@@ -275,15 +305,20 @@ class Criterion:
             assigned: (B, A).
             gt_classes: per image (G,).
             counted: (B, A) bool.
+            overlaps: (B, A), what the scores of the classes should be; None: 1.
         """
         labels = torch.full_like(assigned, self.num_classes)
         for image, classes in enumerate(gt_classes):
             positive = assigned[image] >= 0
             labels[image, positive] = classes[assigned[image, positive]]
-        labels = F.one_hot(labels[counted], self.num_classes + 1)[:, :-1]
+        labels = F.one_hot(labels[counted], self.num_classes + 1)[:, :-1].float()
+        logits = logits[counted].float()
+        if overlaps is not None:
+            target = labels * overlaps[counted][:, None]
+            return quality_focal_loss(logits, target, gamma=self.focal_loss_gamma).sum()
         return sigmoid_focal_loss(
-            logits[counted].float(),
-            labels.float(),
+            logits,
+            labels,
             alpha=self.focal_loss_alpha,
             gamma=self.focal_loss_gamma,
             reduction="sum",

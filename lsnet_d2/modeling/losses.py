@@ -104,6 +104,21 @@ def box_penalty(pred_boxes: Tensor, gt_boxes: Tensor, overlap: Tensor) -> Tensor
     return distance / diagonal + aspect.square() / (1 - overlap + aspect).clamp(min=_EPS)
 
 
+def quality_focal_loss(logits: Tensor, target: Tensor, *, gamma: float = 2.0) -> Tensor:
+    """Focal loss whose targets are qualities (arXiv 2006.04388).
+
+    Args:
+        logits: any shape.
+        target: same shape, in [0, 1].
+        gamma: exponent of the score's error.
+
+    Returns:
+        same shape, least where scores are the targets.
+    """
+    loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    return (target - logits.sigmoid()).abs() ** gamma * loss
+
+
 def gaussian_focal_loss(
     logits: Tensor, target: Tensor, *, alpha: float = 2.0, gamma: float = 4.0
 ) -> Tensor:

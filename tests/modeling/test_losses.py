@@ -1,5 +1,6 @@
 import pytest
 import torch
+from fvcore.nn import sigmoid_focal_loss
 from parity import Recorded
 
 from lsnet_d2.modeling.losses import (
@@ -8,6 +9,7 @@ from lsnet_d2.modeling.losses import (
     cross_iou_grouped,
     cross_iou_per_coordinate,
     gaussian_focal_loss,
+    quality_focal_loss,
 )
 from lsnet_d2.modeling.vectors import decode_vectors
 
@@ -146,3 +148,19 @@ def test_heat_map_loss_is_finite_for_any_logit():
     assert loss.tolist() == [200, 0, 0, 200 * 0.5**4]
     loss.sum().backward()
     assert logits.grad.tolist() == [-1, 0, 0, 0.5**4]
+
+
+def test_quality_focal_loss_by_hand():
+    scores = torch.tensor([0.5, 0.2, 0.9, 0.3])
+    target = torch.tensor([0.0, 1.0, 0.6, 0.3])
+    loss = quality_focal_loss(scores.logit(), target)
+    entropy = -(target * scores.log() + (1 - target) * (1 - scores).log())
+    expected = torch.tensor([0.25, 0.64, 0.09, 0.0]) * entropy
+    torch.testing.assert_close(loss, expected)
+
+
+def test_quality_focal_loss_is_the_focal_loss_where_targets_are_zero_or_one():
+    logits = torch.linspace(-8, 8, 12)
+    target = (torch.arange(12) % 2).float()
+    expected = sigmoid_focal_loss(logits, target, alpha=-1, gamma=1.5)
+    torch.testing.assert_close(quality_focal_loss(logits, target, gamma=1.5), expected)
