@@ -92,7 +92,8 @@ def add_lsnet_config(cfg: CN) -> None:
     cfg.MODEL.LSNET.FOCAL_LOSS_GAMMA = 2.0
     cfg.MODEL.LSNET.CLS_LOSS_WEIGHT = 1.0
     # Teach the class at a point as much as the box there overlaps with the object's (quality focal
-    # loss, arXiv 2006.04388, without FOCAL_LOSS_ALPHA) instead of 1: boxes of parts score less.
+    # loss, arXiv 2006.04388, without FOCAL_LOSS_ALPHA) instead of 1: boxes of parts score less. Not
+    # where the first branch is that of keypoints.
     cfg.MODEL.LSNET.CLS_SOFT_LABELS = False
     # Weights of the landmark losses of each branch in order, init and refine stage. Empty: the
     # paper's for the task; 1 and 2 for every branch of a joint model.

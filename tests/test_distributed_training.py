@@ -18,7 +18,8 @@ JOINT = {"TASK": "joint", "BRANCHES": ["extreme", "contour", "keypoint"]}
 POLISHED = {
     **JOINT,
     **{"POLISH_IN_FEATURES": ["p3", "p4"], "POLISH_GRID": 2, "POLISH_STEPS": 2},
-    "KEYPOINT_SEARCH": True,
+    # more than there are, so that none is chosen at random
+    **{"POLISH_POSITIVES": 1000, "KEYPOINT_SEARCH": True, "CLS_SOFT_LABELS": True},
 }
 # The first process gets many objects, the second few, and none at all in its last image.
 BATCH = [
@@ -27,6 +28,7 @@ BATCH = [
     make_input([[30, 40, 54, 70]], [2], seed=3),
     make_input([], [], seed=4),
 ]
+BATCH[1]["instances"].gt_keypoints.tensor[0, :, 2] = 0  # and one of them has no keypoints
 
 
 def gradients(batches, **loop):

@@ -300,6 +300,11 @@ def build_branches(cfg: CfgNode) -> list[LandmarkBranch]:
             "MODEL.LSNET.TRAIN_UNLABELLED_POSES is True, but where the keypoints supply the boxes "
             "an object without keypoints has none"
         )
+    if cfg.MODEL.LSNET.CLS_SOFT_LABELS and next(iter(weights)) == "keypoint":
+        raise ValueError(
+            "MODEL.LSNET.CLS_SOFT_LABELS is True, but where the keypoints supply the boxes an "
+            "object with unlabelled ones has a smaller box than a right prediction"
+        )
     return [
         BRANCHES[name](
             alpha=cfg.MODEL.LSNET.CROSS_IOU_ALPHA,

@@ -10,21 +10,19 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.structures import Instances
-from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from fvcore.nn import sigmoid_focal_loss
 from torch import Tensor
 
 from .assigners import assign_atss, assign_nearest, pairwise_iou_inverted
 from .corner_verification import CornerCriterion
-from .distributed import mean_over_workers
 from .head import HeadOutput
 from .landmarks import LandmarkBranch, LandmarkTargets
 from .losses import quality_focal_loss
 from .points import AnchorPoints, points_in_boxes
 from .polish import Polish
 from .polish_criterion import PolishCriterion
-from .samples import BranchSamples, GroundTruth, Matches
+from .samples import BranchSamples, GroundTruth, Matches, normalizers
 
 # The landmark losses are computed in units of this many cells (released code: point_base_scale).
 _BASE_SCALE = 4
@@ -129,16 +127,16 @@ class Criterion:
             ("init", "refine"), assignments, (predictions.init, predictions.refine), strict=True
         ):
             positives = self.positives(assigned, [len(x) for x in truth.classes])
-            normalizers = self.normalizers(positives, targets, len(assigned))
+            divisors = normalizers(positives, targets, len(assigned))
             count = len(positives) / len(assigned)
             get_event_storage().put_scalar(f"lsnet/num_pos_{stage}", count)
             samples = []
             for i, branch in enumerate(self.branches):
                 learned = positives[targets[i].present[positives.object]]
                 vectors = dense[i][learned.image, learned.point].float()
-                found = BranchSamples(branch, vectors, learned, targets[i], normalizers[i + 1])
+                found = BranchSamples(branch, vectors, learned, targets[i])
                 loss = branch.loss_weights[stage] * self.landmark_loss(points, found)
-                losses[f"loss_{branch.name}_{stage}"] = loss / found.normalizer
+                losses[f"loss_{branch.name}_{stage}"] = loss / divisors[i + 1]
                 samples.append(found)
         if self.polish is not None:
             background = (assigned < 0) & truth.valid & ~truth.ignored
@@ -155,11 +153,13 @@ class Criterion:
             )
         # Classes are learned where the refine stage has its objects.
         counted = truth.valid & ~((assigned < 0) & truth.ignored)
-        overlaps = self.overlaps(points, samples[0], assigned) if self.cls_soft_labels else None
+        overlaps = (
+            self.overlaps(points, samples[0], assigned.shape) if self.cls_soft_labels else None
+        )
         loss = self.classification_loss(
             predictions.logits, assigned, truth.classes, counted, overlaps
         )
-        return {"loss_cls": self.cls_loss_weight * loss / normalizers[0], **losses}
+        return {"loss_cls": self.cls_loss_weight * loss / divisors[0], **losses}
 
     def ground_truth(
         self,
@@ -258,37 +258,22 @@ class Criterion:
         first = counts.cumsum(0) - counts
         return Matches(image, point, first[image] + assigned[image, point])
 
-    def normalizers(
-        self, positives: Matches, targets: list[LandmarkTargets], num_images: int
-    ) -> Tensor:
-        """What the losses of a stage are divided by, averaged over workers.
-
-        Returns:
-            (1 + branches,): for the classes the number of positives, at least one an image; for
-            each branch that number without the positives from which it learns nothing.
-        """
-        per_image = torch.bincount(positives.image, minlength=num_images)
-        total = per_image.clamp(min=1).sum()
-        without = [(~target.present[positives.object]).sum() for target in targets]
-        totals = torch.stack([total, *(total - n for n in without)]).float()
-        return mean_over_workers(totals).clamp(min=1 / comm.get_world_size())
-
     @staticmethod
     @torch.no_grad()
-    def overlaps(points: AnchorPoints, first: BranchSamples, assigned: Tensor) -> Tensor:
-        """(B, A): IOU of the box predicted at each point with that of its object, 0 without one.
+    def overlaps(points: AnchorPoints, first: BranchSamples, shape: torch.Size) -> Tensor:
+        """IOU of the box predicted at each point with that of its object, 0 without one.
 
         Args:
             first: of the first branch, which supplies the boxes.
-            assigned: (B, A), of the same stage.
+            shape: (B, A), that of the result.
         """
         branch, (image, point) = first.branch, (first.positives.image, first.positives.point)
         boxes = branch.boxes(branch.decode(first.vectors, points.xy[point], points.strides[point]))
-        overlaps = torch.zeros_like(assigned, dtype=torch.float32)
+        overlaps = boxes.new_zeros(shape)
         overlaps[image, point] = pairwise_iou_inverted(
             boxes, first.targets.boxes[first.positives.object]
         )
-        return overlaps.clamp(0, 1)
+        return overlaps.clamp(0, 1)  # rounding
 
     def classification_loss(
         self,

@@ -20,7 +20,8 @@ from torch import Tensor
 from .vectors import decode_vectors, encode_vectors
 
 NUM_SAMPLING_POINTS = 9
-# Displacements in the third stage have this share of the object's size for their unit.
+# Displacements in the third stage have this share of an object's size for their unit: in what it
+# says, of the first branch's; in what it loses, of the branch's own.
 DISPLACEMENT_UNIT = 0.1
 
 

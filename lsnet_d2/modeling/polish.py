@@ -35,6 +35,8 @@ _HEADS = 4
 _QUALITY_BEFORE_TRAINING = 0.2
 # How far landmarks are sought, in sizes of the object; in each further step half as far.
 _REACH = 0.3
+# How far from the middle of an object its landmarks count as being, in sizes.
+_FARTHEST = 2.0
 # On the finest features, where outlines teach them or landmarks are sought on them.
 _NUM_CONVS = 2
 
@@ -135,7 +137,8 @@ class PolishStep(nn.Module):
                 for name, number in num_landmarks.items()
             }
         )
-        self.grid_identity = nn.Parameter(torch.randn(grid**2, channels) * 0.02)
+        identity = nn.Parameter(torch.randn(grid**2, channels) * 0.02) if grid else None
+        self.register_parameter("grid_identity", identity)
         self.register_buffer("grid", _grid_in_box(grid), persistent=False)
         layer = nn.TransformerEncoderLayer(
             channels, _HEADS, 2 * channels, dropout=0.0, batch_first=True, norm_first=True
@@ -155,7 +158,8 @@ class PolishStep(nn.Module):
             features: per stride (B, C, H, W).
             image: (N,), in which image the points are.
             landmarks: of each branch (N, V, 2) in pixels of the network's input.
-            heatmaps: (B, V, H, W), on which those of a branch are sought; of the first stride.
+            heatmaps: by the branch's name (B, V, H, W), on which its landmarks are sought; of the
+                first stride.
 
         Returns:
             What becomes of those of each branch.
@@ -172,8 +176,11 @@ class PolishStep(nn.Module):
             ],
             dim=2,
         )
-        place = ((points - middle) / size).to(sampled)
-        identity = [*(branch.identity for branch in self.branches.values()), self.grid_identity]
+        # What is far from the object, as in a decoy, must not outweigh all else.
+        place = ((points - middle) / size).clamp(-_FARTHEST, _FARTHEST).to(sampled)
+        identity = [branch.identity for branch in self.branches.values()]
+        if self.grid_identity is not None:
+            identity.append(self.grid_identity)
         tokens = self.appearance(sampled) + self.place(place) + torch.cat(identity)
         counts = [x.shape[1] for x in (*landmarks, grid)]
         *own, of_grid = tokens.split(counts, dim=1)

@@ -12,13 +12,12 @@ from detectron2.config import CfgNode, configurable
 from torch import Tensor
 
 from .assigners import pairwise_iou_inverted
-from .distributed import mean_over_workers
 from .head import HeadOutput
 from .landmarks import LandmarkBranch, LandmarkTargets
 from .outlines import known_cells
 from .points import AnchorPoints
 from .polish import Polish, Polished
-from .samples import BranchSamples, GroundTruth, Matches
+from .samples import BranchSamples, GroundTruth, Matches, normalizers
 
 
 class PolishCriterion:
@@ -77,7 +76,7 @@ class PolishCriterion:
         """Losses by name, each a scalar with its weight.
 
         Args:
-            samples: of each branch, in the refine stage, from whose landmarks the third goes on.
+            samples: of each branch, in the refine stage.
             background: (B, A) bool, points that are no object's and in no region that is ignored.
             polish: the third stage.
             fine: the feature maps that it looks at.
@@ -98,22 +97,21 @@ class PolishCriterion:
         ]
         steps = polish(fine, candidates.image, landmarks)
         classes = torch.cat(truth.classes)
+        targets = [found.targets for found in samples]
+        of_quality, *of_landmarks = normalizers(positives[kept], targets, len(background))
         losses = {}
-        for found, *polished in zip(samples, *steps, strict=True):
-            learned = found.targets.present[positives.object[kept]]
-            normalizer = found.normalizer
-            if self.positives:
-                normalizer = self.normalizer(positives[kept[learned]], len(background))
+        for found, divisor, *polished in zip(samples, of_landmarks, *steps, strict=True):
             losses |= self.branch_losses(
-                found.branch, polished, candidates, len(kept), found.targets, classes, normalizer
+                found.branch,
+                polished,
+                candidates.object,
+                len(kept),
+                found.targets,
+                classes,
+                divisor,
+                of_quality,
             )
         return losses
-
-    @staticmethod
-    def normalizer(positives: Matches, num_images: int) -> Tensor:
-        """What losses are divided by: the number of positives, at least one an image."""
-        per_image = torch.bincount(positives.image, minlength=num_images)
-        return mean_over_workers(per_image.clamp(min=1).sum().float())
 
     @staticmethod
     def map_losses(
@@ -186,32 +184,34 @@ class PolishCriterion:
         self,
         branch: LandmarkBranch,
         steps: Sequence[Polished],
-        candidates: Matches,
+        objects: Tensor,
         num_positives: int,
         targets: LandmarkTargets,
         classes: Tensor,
         normalizer: Tensor,
+        quality_normalizer: Tensor,
     ) -> dict[str, Tensor]:
         """Losses of a branch: means over the steps of the third stage.
 
         What a step says of the quality of landmarks is learned from what it makes of them.
 
         Args:
-            steps: what each makes of the candidates.
-            candidates: positives, and decoys behind them.
+            steps: what each makes of N candidates, positives and behind them decoys.
+            objects: (N,), counted through all images; -1: none.
             num_positives: among the candidates.
             targets, classes: of the objects of all images.
-            normalizer: scalar, what losses are divided by.
+            normalizer: scalar, what the losses of landmarks are divided by.
+            quality_normalizer: what that of quality is divided by, for which decoys count too.
         """
-        # Of candidates without an object it is known that nothing is there, and of those with an
-        # object from which the branch learns, what.
-        owned = candidates.object >= 0
-        owned[owned.clone()] = targets.present[candidates.object[owned]]
-        known = owned | (candidates.object < 0)
-        owned = torch.nonzero(owned).squeeze(1)
-        owner = candidates.object[owned]
-        learned = owned < num_positives
-        learned, taught = owned[learned], targets[owner[learned]]
+        # Of a candidate without an object it is known that nothing is there, of one with an object
+        # from which the branch learns, what.
+        nothing = objects < 0
+        owned = torch.nonzero(~nothing).squeeze(1)
+        owned = owned[targets.present[objects[owned]]]
+        owner = objects[owned]
+        known = torch.cat([owned, torch.nonzero(nothing).squeeze(1)])
+        learned = owned[owned < num_positives]
+        taught = targets[objects[learned]]
         displacement, judgement, searching = [], [], []
         for moved, logits, search in steps:
             if search is not None:
@@ -227,11 +227,11 @@ class PolishCriterion:
                 )
             )
         return {
-            f"loss_{branch.name}_{name}": weight * torch.stack(losses).mean() / normalizer
-            for name, weight, losses in (
-                ("polish", branch.loss_weights["polish"], displacement),
-                ("quality", self.quality_loss_weight, judgement),
-                ("search", self.search_loss_weight, searching),
+            f"loss_{branch.name}_{name}": weight * torch.stack(losses).mean() / divisor
+            for name, weight, losses, divisor in (
+                ("polish", branch.loss_weights["polish"], displacement, normalizer),
+                ("quality", self.quality_loss_weight, judgement, quality_normalizer),
+                ("search", self.search_loss_weight, searching, normalizer),
             )
             if losses
         }

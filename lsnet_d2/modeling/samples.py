@@ -7,8 +7,10 @@ points.
 from dataclasses import dataclass, fields
 
 import torch
+from detectron2.utils import comm
 from torch import Tensor
 
+from .distributed import mean_over_workers
 from .landmarks import LandmarkBranch, LandmarkTargets
 
 
@@ -64,11 +66,28 @@ class BranchSamples:
         vectors: (N, V + 1, 4) in cells.
         positives: N points with objects from which the branch learns.
         targets: of the objects of all images.
-        normalizer: scalar, what the loss is divided by.
     """
 
     branch: LandmarkBranch
     vectors: Tensor
     positives: Matches
     targets: LandmarkTargets
-    normalizer: Tensor
+
+
+def normalizers(positives: Matches, targets: list[LandmarkTargets], num_images: int) -> Tensor:
+    """What losses are divided by, averaged over workers.
+
+    Args:
+        positives: whatever the branches learn from their objects.
+        targets: of each branch.
+
+    Returns:
+        (1 + branches,): for what all points have, classes say, the number of positives, at least
+        one an image; for each branch that number without the positives from which it learns
+        nothing.
+    """
+    per_image = torch.bincount(positives.image, minlength=num_images)
+    total = per_image.clamp(min=1).sum()
+    without = [(~target.present[positives.object]).sum() for target in targets]
+    totals = torch.stack([total, *(total - n for n in without)]).float()
+    return mean_over_workers(totals).clamp(min=1 / comm.get_world_size())

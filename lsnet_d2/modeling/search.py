@@ -36,7 +36,7 @@ class SearchResult:
     size: Tensor
     lattice: Tensor
 
-    def __getitem__(self, index: slice | Tensor) -> "SearchResult":
+    def __getitem__(self, index: Tensor) -> "SearchResult":
         return SearchResult(self.logits[index], self.start[index], self.size[index], self.lattice)
 
     def expectation(self) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ from tiny_model import make_input, tiny_model
 from lsnet_d2.modeling.branches import ExtremeBranch
 from lsnet_d2.modeling.criterion import Criterion
 from lsnet_d2.modeling.landmarks import LandmarkTargets
+from lsnet_d2.modeling.losses import quality_focal_loss
 from lsnet_d2.modeling.points import make_anchor_points
 from lsnet_d2.modeling.samples import BranchSamples, Matches
 from lsnet_d2.modeling.vectors import encode_vectors
@@ -29,8 +30,8 @@ def test_overlaps_are_those_of_the_predicted_boxes_with_their_objects():
     ends = torch.cat([found, torch.zeros(3, 1, 2)], dim=1)
     vectors = encode_vectors(ends - points.xy[positives.point][:, None], branch.alpha) / 8
     targets = LandmarkTargets.make(true, branch.boxes(true))
-    samples = BranchSamples(branch, vectors, positives, targets, torch.tensor(1.0))
-    overlaps = Criterion.overlaps(points, samples, torch.zeros(2, 16, dtype=torch.int64))
+    samples = BranchSamples(branch, vectors, positives, targets)
+    overlaps = Criterion.overlaps(points, samples, torch.Size([2, 16]))
     expected = torch.zeros(2, 16)
     expected[0, 5], expected[1, 6] = 0.5, 1.0
     torch.testing.assert_close(overlaps, expected)
@@ -62,12 +63,48 @@ def test_classes_are_learned_from_what_their_boxes_overlap(soft):
                     assert loss(other) > least + 1e-4
 
 
-def test_soft_labels_change_the_loss_of_classes_alone():
+def test_soft_labels_are_the_overlaps_of_the_refine_stage(monkeypatch):
     inputs = [make_input([[10, 12, 60, 70]], [0])]
-    losses = []
-    for soft in (False, True):
-        with EventStorage():
-            losses.append(tiny_model(CLS_SOFT_LABELS=soft).train()(inputs))
-    hard, soft = losses
+
+    def boxes_around_points(**keys):
+        model = tiny_model(**keys).train()
+        outwards = torch.zeros(5, 4)
+        outwards[[0, 1, 2, 3], [0, 2, 1, 3]] = 2.0
+        model.head.branches["bbox"].refine.out.bias.data = outwards.flatten()
+        return model
+
+    with EventStorage():
+        hard, soft = (
+            boxes_around_points()(inputs),
+            boxes_around_points(CLS_SOFT_LABELS=True)(inputs),
+        )
     assert {name for name in hard if hard[name] != soft[name]} == {"loss_cls"}
-    soft["loss_cls"].backward()
+
+    taken = []
+    overlaps = Criterion.overlaps
+
+    def recorded(points, first, shape):
+        taken.append((first, overlaps(points, first, shape)))
+        return taken[-1][1]
+
+    monkeypatch.setattr(Criterion, "overlaps", staticmethod(recorded))
+    model = boxes_around_points(CLS_SOFT_LABELS=True)
+    with EventStorage():
+        again = model(inputs)["loss_cls"]
+        points, predictions, _ = model.predict(model.preprocess_image(inputs).tensor)
+    assert again == soft["loss_cls"]
+    ((first, used),) = taken
+    positives = first.positives
+    torch.testing.assert_close(
+        first.vectors, predictions.refine[0][positives.image, positives.point]
+    )
+    assert 0 < used.max() < 1 and (used > 0).sum() <= len(positives)
+    target = torch.zeros_like(predictions.logits)
+    target[..., 0] = used
+    expected = quality_focal_loss(predictions.logits, target).sum() / len(positives)
+    torch.testing.assert_close(again, expected)
+
+
+def test_soft_labels_need_boxes_that_are_not_the_keypoints():
+    with pytest.raises(ValueError, match="CLS_SOFT_LABELS is True.*unlabelled"):
+        tiny_model(TASK="pose_kbox", CLS_SOFT_LABELS=True)

@@ -1,18 +1,22 @@
+import copy
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from detectron2.utils.events import EventStorage
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_model import make_input, tiny_model
 
-from lsnet_d2.modeling.branches import ExtremeBranch
+from lsnet_d2.modeling.branches import ExtremeBranch, KeypointBranch
 from lsnet_d2.modeling.head import HeadOutput
 from lsnet_d2.modeling.landmarks import LandmarkTargets
 from lsnet_d2.modeling.points import make_anchor_points
 from lsnet_d2.modeling.polish import Polished
 from lsnet_d2.modeling.polish_criterion import PolishCriterion, few_of_each
-from lsnet_d2.modeling.samples import BranchSamples, GroundTruth, Matches
+from lsnet_d2.modeling.samples import BranchSamples, GroundTruth
 from lsnet_d2.modeling.vectors import encode_vectors
 
 
@@ -34,9 +38,45 @@ def test_few_of_each_value_at_random():
     assert (counts[values == 3] - 500).abs().max() < 70
 
 
-def test_normalizer_is_the_number_of_positives_at_least_one_an_image():
-    positives = Matches(torch.tensor([1, 1, 1, 3]), torch.arange(4), torch.tensor([0, 0, 1, 2]))
-    assert PolishCriterion.normalizer(positives, 5) == 3 + 1 + 3
+class TestCall:
+    """Two images; the second object, in the second image, has no keypoints."""
+
+    INPUTS = (make_input([[10, 12, 60, 70]], [0]), make_input([[30, 40, 70, 90]], [1]))
+
+    def losses(self, polish=None, inputs=INPUTS, **keys):
+        model = tiny_model(TASK="pose_bbox", POLISH_IN_FEATURES=["p3"], **keys).train()
+        inputs = copy.deepcopy(inputs)
+        for image in inputs[1:]:
+            image["instances"].gt_keypoints.tensor[..., 2] = 0
+        if polish is not None:
+            model.polish.forward = partial(polish, model.polish.forward)
+        with EventStorage():
+            losses = model(list(inputs))
+            return losses, model.predict(model.preprocess_image(inputs).tensor)
+
+    def test_the_third_stage_starts_from_the_landmarks_of_the_refine_stage(self):
+        seen = []
+
+        def polish(forward, fine, image, landmarks):
+            seen.append((image, landmarks))
+            return forward(fine, image, landmarks)
+
+        _, (points, predictions, _) = self.losses(polish, POLISH_POSITIVES=1, POLISH_DECOYS=3)
+        ((image, landmarks),) = seen
+        # a positive of each object, and three decoys of each image
+        assert image.tolist() == [0, 1, 0, 0, 0, 1, 1, 1]
+        for i, branch in enumerate((ExtremeBranch(), KeypointBranch(num_keypoints=5))):
+            for number, places in zip(image, landmarks[i], strict=True):
+                everywhere = branch.decode(predictions.refine[i][number], points.xy, points.strides)
+                assert (everywhere - places).abs().amax(dim=(1, 2)).min() < 1e-3
+
+    @pytest.mark.parametrize("positives", [0, 1000])
+    def test_objects_without_keypoints_do_not_dilute_those_of_others(self, positives):
+        keys = {"POLISH_POSITIVES": positives, "POLISH_DECOYS": 0}
+        both, _ = self.losses(**keys)
+        alone, _ = self.losses(inputs=self.INPUTS[:1], **keys)
+        torch.testing.assert_close(both["loss_pose_polish"], alone["loss_pose_polish"])
+        assert both["loss_pose_quality"] < alone["loss_pose_quality"]  # of all points, a mean too
 
 
 class TestLosses:
@@ -52,11 +92,12 @@ class TestLosses:
         return PolishCriterion(quality_loss_weight=2.0).branch_losses(
             self.branch,
             [Polished(*step, None) for step in steps],
-            matches([9, 12, 10, 20][-len(objects) :], objects),
+            torch.tensor(objects),
             num_positives,
             self.targets if targets is None else targets,
             torch.tensor([1]),
             torch.tensor(2.0),
+            torch.tensor(4.0),
         )
 
     def test_places(self):
@@ -69,7 +110,7 @@ class TestLosses:
         mean_of_steps = (2 * wrong + wrong) / 2
         assert losses["loss_bbox_polish"].item() == pytest.approx(3 * mean_of_steps / 2)
         # a logit of 0 loses ln 2, whatever the quality is: for two positives, two decoys, 3 classes
-        assert losses["loss_bbox_quality"].item() == pytest.approx(2 * 4 * 3 * math.log(2) / 2)
+        assert losses["loss_bbox_quality"].item() == pytest.approx(2 * 4 * 3 * math.log(2) / 4)
 
     def test_quality(self):
         """It is 1 for who is right, the IOU for the decoy, 0 for other classes and no object."""
@@ -79,7 +120,7 @@ class TestLosses:
         moved = torch.cat([self.landmarks, self.start.expand(3, 4, 2)])
 
         def loss(told):
-            logits = told.clamp(1e-4, 1 - 1e-4).logit().requires_grad_()
+            logits = told.clamp(1e-4, 1 - 1e-4).logit()
             return self.losses([0, 0, 0, -1], 2, [(moved, logits)])["loss_bbox_quality"].item()
 
         least = loss(quality)
@@ -94,11 +135,10 @@ class TestLosses:
     def test_objects_from_which_a_branch_learns_nothing(self):
         """Of these only what is no object counts, the last candidate."""
         absent = replace(self.targets, present=torch.tensor([False]))
-        logits = torch.zeros(4, 3, requires_grad=True)
-        step = (self.start.expand(4, 4, 2), logits)
+        step = (self.start.expand(4, 4, 2), torch.zeros(4, 3))
         losses = self.losses([0, 0, 0, -1], 2, [step], absent)
         assert losses["loss_bbox_polish"] == 0
-        assert losses["loss_bbox_quality"].item() == pytest.approx(2 * 3 * math.log(2) / 2)
+        assert losses["loss_bbox_quality"].item() == pytest.approx(2 * 3 * math.log(2) / 4)
 
     def test_no_objects(self):
         none = self.targets[torch.tensor([], dtype=torch.int64)]
@@ -106,11 +146,6 @@ class TestLosses:
         losses = self.losses([-1, -1], 0, [(found, torch.zeros(2, 3))], none)
         assert losses["loss_bbox_polish"] == 0
         assert losses["loss_bbox_quality"] > 0
-
-
-def matches(points, objects):
-    points, objects = torch.tensor(points).long(), torch.tensor(objects).long()
-    return Matches(torch.zeros_like(points), points, objects)
 
 
 class TestDecoys:
@@ -135,7 +170,7 @@ class TestDecoys:
             regions=[],
         )
         predictions = HeadOutput(scores, [vectors], [vectors], [(4, 4)])
-        first = BranchSamples(branch, vectors[0], None, None, None)
+        first = BranchSamples(branch, vectors[0], None, None)
         criterion = PolishCriterion(decoys=count)
         return criterion.find_decoys(points, predictions, first, background, truth)
 
