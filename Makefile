@@ -17,7 +17,7 @@ TASK ?= bbox
 ARGS ?=
 
 SETUP := python3 tools/setup_env.py $(if $(BASE_PYTHON),--python "$(BASE_PYTHON)")
-DEMO_CONFIG := configs/quick/shapes_$(TASK).yaml
+DEMO_CONFIG := $(firstword $(wildcard configs/plus/shapes_$(TASK).yaml) configs/quick/shapes_$(TASK).yaml)
 DEMO_OUTPUT := output/demo$(if $(filter-out bbox,$(TASK)),_$(TASK))
 
 # Only our own environment is made or brought up to date.
