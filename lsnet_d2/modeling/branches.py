@@ -295,12 +295,13 @@ def build_branches(cfg: CfgNode) -> list[LandmarkBranch]:
         ValueError: see :func:`lsnet_d2.tasks.branch_weights` and the branches.
     """
     weights = branch_weights(cfg)
-    if cfg.MODEL.LSNET.TRAIN_UNLABELLED_POSES and next(iter(weights)) == "keypoint":
+    boxes_of_keypoints = next(iter(weights)) == "keypoint"
+    if cfg.MODEL.LSNET.TRAIN_UNLABELLED_POSES and boxes_of_keypoints:
         raise ValueError(
             "MODEL.LSNET.TRAIN_UNLABELLED_POSES is True, but where the keypoints supply the boxes "
             "an object without keypoints has none"
         )
-    if cfg.MODEL.LSNET.CLS_SOFT_LABELS and next(iter(weights)) == "keypoint":
+    if cfg.MODEL.LSNET.CLS_SOFT_LABELS and boxes_of_keypoints:
         raise ValueError(
             "MODEL.LSNET.CLS_SOFT_LABELS is True, but where the keypoints supply the boxes an "
             "object with unlabelled ones has a smaller box than a right prediction"

@@ -83,10 +83,9 @@ class PolishCriterion:
         """
         decoys = self.find_decoys(points, predictions, samples[0], background, truth)
         positives = samples[0].positives  # all have what the first branch learns
-        kept = torch.arange(len(positives), device=decoys.point.device)
         if self.positives:
-            kept = few_of_each(positives.object, self.positives)
-        candidates = Matches.cat([positives[kept], decoys])
+            positives = positives[few_of_each(positives.object, self.positives)]
+        candidates = Matches.cat([positives, decoys])
         landmarks = [
             found.branch.decode(
                 dense[candidates.image, candidates.point].detach().float(),
@@ -98,14 +97,14 @@ class PolishCriterion:
         steps = polish(fine, candidates.image, landmarks)
         classes = torch.cat(truth.classes)
         targets = [found.targets for found in samples]
-        of_quality, *of_landmarks = normalizers(positives[kept], targets, len(background))
+        of_quality, *of_landmarks = normalizers(positives, targets, len(background))
         losses = {}
         for found, divisor, *polished in zip(samples, of_landmarks, *steps, strict=True):
             losses |= self.branch_losses(
                 found.branch,
                 polished,
                 candidates.object,
-                len(kept),
+                len(positives),
                 found.targets,
                 classes,
                 divisor,
