@@ -15,6 +15,7 @@ from torch import Tensor
 from ..data.keypoints import keypoint_flip_indices
 from ..structures import ContourMasks
 from ..tasks import branch_weights
+from .areas import area_iou, area_loss
 from .landmarks import LandmarkBranch, LandmarkTargets, clip_points, span_boxes, spread_indices
 from .losses import box_penalty, cross_iou, cross_iou_grouped, cross_iou_per_coordinate
 
@@ -94,24 +95,33 @@ class ContourBranch(LandmarkBranch):
     _SAMPLING = {36: [0, 5, 10, 15, 20, 25, 30, 35]}
     _VERTICES_PER_GROUP = 4
 
-    def __init__(self, *, num_points: int = 36, **kwargs: Any) -> None:
+    def __init__(self, *, num_points: int = 36, area_weight: float = 0.0, **kwargs: Any) -> None:
         """
         Args:
             num_points: P, 8 to 128.
+            area_weight: in the third stage, of the IOU of areas beside displacements.
 
         Raises:
-            ValueError: P is out of range; the message names the config's key.
+            ValueError: a number is out of range; the message names the config's key.
         """
         if not 8 <= num_points <= 128:
             raise ValueError(
                 f"MODEL.LSNET.NUM_CONTOUR_POINTS is {num_points}; it must be from 8 to 128"
             )
+        if area_weight < 0:
+            raise ValueError(
+                f"MODEL.LSNET.CONTOUR_AREA_LOSS_WEIGHT is {area_weight}; it must not be negative"
+            )
+        self.area_weight = area_weight
         sampling = self._SAMPLING.get(num_points, spread_indices(num_points, 8))
         super().__init__(num_landmarks=num_points, sampling_landmarks=sampling, **kwargs)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        return {"num_points": cfg.MODEL.LSNET.NUM_CONTOUR_POINTS}
+        return {
+            "num_points": cfg.MODEL.LSNET.NUM_CONTOUR_POINTS,
+            "area_weight": cfg.MODEL.LSNET.CONTOUR_AREA_LOSS_WEIGHT,
+        }
 
     def targets(self, instances: Instances) -> LandmarkTargets:
         contours = instances.gt_contours
@@ -138,16 +148,19 @@ class ContourBranch(LandmarkBranch):
         return across, 1 - (1 - _SLIDING_COST) * straight
 
     def displacement_loss(self, landmarks: Tensor, targets: LandmarkTargets) -> Tensor:
-        """Of thin objects the same displacements take more of the area, and cost more."""
-        return _slenderness(targets.landmarks) * super().displacement_loss(landmarks, targets)
+        """Of thin objects the same displacements take more of the area, and cost more.
+
+        Besides, if it has a weight, the area itself.
+        """
+        true = targets.landmarks
+        loss = _slenderness(true) * super().displacement_loss(landmarks, targets)
+        if self.area_weight:
+            loss = loss + self.area_weight * area_loss(landmarks, true)
+        return loss
 
     def quality(self, landmarks: Tensor, targets: LandmarkTargets) -> Tensor:
-        """About the IOU of the areas: what lies between the outlines counts half to either's."""
-        true = targets.landmarks
-        chords = true.roll(-1, 1) - true.roll(1, 1)
-        area = _cross(true, chords).sum(1).abs() / 4
-        between = _cross(landmarks - true, chords).abs().sum(1) / 4
-        return ((area - between) / (area + between).clamp(min=_TINY)).clamp(min=0)
+        """The IOU of the areas."""
+        return area_iou(landmarks, targets.landmarks)
 
     def flip_indices(self, dataset_names: Sequence[str]) -> list[int]:
         """The first vertex stays the first, and the direction is kept."""

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from detectron2.utils import comm
 from torch import Tensor, nn
 
+from .areas import cells_inside
 from .assigners import lowest_cost
 from .blocks import same_conv, set_prior
 from .distributed import mean_over_workers
@@ -104,30 +105,9 @@ def classes_of_cells(
         size: (H, W).
     """
     covered = contours.new_zeros(num_classes, *size)
-    inside = cells_inside(contours, size, stride).to(covered)
+    inside = cells_inside(contours / stride, size).to(covered)
     index = classes[:, None, None].expand_as(inside)
     return covered.scatter_reduce(0, index, inside, "amax")
-
-
-def cells_inside(contours: Tensor, size: tuple[int, int], stride: int) -> Tensor:
-    """(G, H, W) bool: cells that a contour (P, 2) goes around an odd number of times.
-
-    Along each row of cells the crossings of the outline are counted. Memory is linear in G * H *
-    (W + P).
-    """
-    height, width = size
-    x, y = (contours / stride).unbind(-1)
-    x_next, y_next = x.roll(-1, 1), y.roll(-1, 1)
-    rows = torch.arange(height, dtype=x.dtype, device=x.device)
-    crossed = (y[..., None] <= rows) != (y_next[..., None] <= rows)  # G, P, H
-    rise = (y_next - y)[..., None]
-    share = (rows - y[..., None]) / torch.where(crossed, rise, torch.ones_like(rise))
-    crossing = x[..., None] + share * (x_next - x)[..., None]
-    # The first cell from the crossing on, or one beyond the row.
-    column = crossing.ceil().clamp(0, width).long().masked_fill(~crossed, width)
-    count = torch.zeros(len(contours), height, width + 1, dtype=torch.int32, device=x.device)
-    count.scatter_add_(2, column.transpose(1, 2), crossed.transpose(1, 2).int())
-    return count[..., :width].cumsum(2) % 2 == 1
 
 
 def nearest_outline(contours: Tensor, size: tuple[int, int], stride: int) -> tuple[Tensor, Tensor]:

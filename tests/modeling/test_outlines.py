@@ -1,7 +1,5 @@
 import math
 
-import cv2
-import numpy as np
 import pytest
 import torch
 from detectron2.utils.events import EventStorage
@@ -14,7 +12,6 @@ from lsnet_d2.modeling.landmarks import LandmarkTargets, span_boxes
 from lsnet_d2.modeling.outlines import (
     OutlineMaps,
     at_least_one,
-    cells_inside,
     classes_of_cells,
     known_cells,
     mean_of,
@@ -31,30 +28,6 @@ def random_contours(seed, objects=4, vertices=9):
     generator = torch.Generator().manual_seed(seed)
     scale = torch.tensor([4.0 * SIZE[1], 4.0 * SIZE[0]])
     return (torch.rand(objects, vertices, 2, generator=generator) * 1.4 - 0.2) * scale
-
-
-@given(st.integers(0, 10_000))
-def test_inside_as_opencv_has_it(seed):
-    contours = random_contours(seed)
-    found = cells_inside(contours, SIZE, 4)
-    for contour, cells in zip(contours, found, strict=True):
-        fine = 64  # OpenCV fills whole pixels: away from the outline both agree
-        points = np.round(contour.numpy() / 4 * fine).astype(np.int32)
-        shape = SIZE[0] * fine, SIZE[1] * fine
-        mask, line = np.zeros(shape, np.uint8), np.zeros(shape, np.uint8)
-        cv2.fillPoly(mask, [points], 1)
-        cv2.polylines(line, [points], True, 1, thickness=5)
-        sure = torch.from_numpy(line[::fine, ::fine] == 0)
-        assert torch.equal(cells[sure], torch.from_numpy(mask[::fine, ::fine] == 1)[sure])
-
-
-def test_squares_of_cells():
-    square = torch.tensor([[8.0, 4.0], [8.0, 12.0], [20.0, 12.0], [20.0, 4.0]])
-    inside = cells_inside(square[None], (5, 7), 4)[0]
-    assert inside.sum() == 2 * 3  # half open: rows 1, 2 and columns 2 to 4
-    hole = torch.tensor([[12.0, 4.0], [12.0, 8.0], [16.0, 8.0], [16.0, 4.0]])
-    bridged = torch.cat([square, square[:1], hole, hole[:1]])
-    assert cells_inside(bridged[None], (5, 7), 4)[0].sum() == 2 * 3 - 1
 
 
 def test_classes_of_cells():
@@ -88,7 +61,6 @@ def test_nearest_outline_is_that_of_all_segments(seed):
 def test_no_outlines():
     displacement, near = nearest_outline(torch.zeros(0, 36, 2), SIZE, 4)
     assert not near.any() and displacement.abs().max() == 0
-    assert cells_inside(torch.zeros(0, 36, 2), SIZE, 4).shape == (0, *SIZE)
 
 
 def square_losses(ignored, covering=0.0, displacement=(0.0, 0.0), image=(32, 32)):
