@@ -22,6 +22,8 @@ _EXTENT_OF_LOSS = 1.25
 # How far from an edge coverage is 1 / (1 + 1 / e) or 1 / (1 + e), in cells.
 _SOFTNESS = 0.5
 _TINY = 1e-6
+# Pairs of a place and an edge that are looked at together: more take more memory.
+_AT_ONCE = 2**20
 
 
 @dataclass
@@ -85,21 +87,27 @@ def area_loss(polygons: Tensor, true: Tensor) -> Tensor:
 def distance_to_outline(polygons: Tensor, places: Tensor) -> Tensor:
     """(N, M): from places (N, M, 2) to the nearest edge of polygons (N, P, 2), differentiable in
     these."""
-    with torch.no_grad():
-        along = polygons.roll(-1, 1) - polygons
-        # No matrix products, which autocast would compute in low precision.
-        (x, y), (dx, dy) = (
-            (places[:, :, None] - polygons[:, None]).unbind(-1),
-            along[:, None].unbind(-1),
-        )
-        share = (x * dx + y * dy) / along.square().sum(-1).clamp(min=_TINY)[:, None]
-        share = share.clamp_(0, 1)
-        nearest = ((x - share * dx).square() + (y - share * dy).square()).argmin(2, keepdim=True)
-        share = share.gather(2, nearest)
-        start = nearest.expand(-1, -1, 2)
+    at_once = max(_AT_ONCE // (places.shape[1] * polygons.shape[1]), 1)
+    parts = zip(polygons.detach().split(at_once), places.split(at_once), strict=True)
+    edge, share = (torch.cat(found) for found in zip(*(_nearest(*p) for p in parts), strict=True))
+    edge = edge.expand(-1, -1, 2)
     # Where along the edge the nearest point is does not matter to first order.
-    point = torch.lerp(polygons.gather(1, start), polygons.roll(-1, 1).gather(1, start), share)
+    point = torch.lerp(polygons.gather(1, edge), polygons.roll(-1, 1).gather(1, edge), share)
     return ((places - point).square().sum(dim=2) + _TINY).sqrt()
+
+
+def _nearest(polygons: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """The edges (N, M, 1) nearest to places, and how far along them (N, M, 1), from 0 to 1."""
+    along = polygons.roll(-1, 1) - polygons
+    (x, y), (dx, dy) = (
+        (places[:, :, None] - polygons[:, None]).unbind(-1),
+        along[:, None].unbind(-1),
+    )
+    # No matrix products, which autocast would compute in low precision.
+    share = (x * dx + y * dy) / along.square().sum(-1).clamp(min=_TINY)[:, None]
+    share = share.clamp_(0, 1)
+    edge = ((x - share * dx).square() + (y - share * dy).square()).argmin(2, keepdim=True)
+    return edge, share.gather(2, edge)
 
 
 def cells_inside(contours: Tensor, size: tuple[int, int]) -> Tensor:

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_model import tiny_model
 
+from lsnet_d2.modeling import areas
 from lsnet_d2.modeling.areas import (
     Lattice,
     area_iou,
@@ -91,6 +92,13 @@ def test_distance_is_that_to_the_nearest_edge(seed):
     dense = with_edges_halved(polygons, times=8)
     brute = torch.cdist(places, dense).amin(dim=2)
     torch.testing.assert_close(distance_to_outline(polygons, places), brute, rtol=0, atol=0.05)
+
+
+def test_few_at_once_find_the_same(monkeypatch):
+    polygons, places = random_polygons(0, objects=7), random_polygons(1, objects=7, vertices=30)
+    together = distance_to_outline(polygons, places)
+    monkeypatch.setattr(areas, "_AT_ONCE", 2 * 9 * 30)
+    assert torch.equal(distance_to_outline(polygons, places), together)
 
 
 def test_gradient_of_the_distance():
