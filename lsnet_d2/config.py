@@ -102,7 +102,8 @@ def add_lsnet_config(cfg: CN) -> None:
     # Those of the third stage, of its landmarks and of the quality that it predicts for them.
     cfg.MODEL.LSNET.POLISH_LOSS_WEIGHT = 0.5
     cfg.MODEL.LSNET.QUALITY_LOSS_WEIGHT = 0.25
-    # What the IOU of a contour's area weighs beside the displacements of its vertices. 0: nothing.
+    # What 1 minus the IOU of a contour's area weighs in the third stage, beside the displacements
+    # of its vertices. POLISH_LOSS_WEIGHT applies to both.
     cfg.MODEL.LSNET.CONTOUR_AREA_LOSS_WEIGHT = 0.0
     # That of the search for keypoints.
     cfg.MODEL.LSNET.KEYPOINT_SEARCH_LOSS_WEIGHT = 0.25

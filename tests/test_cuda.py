@@ -28,6 +28,7 @@ JOINT = {
     "KEYPOINT_SEARCH": True,
     "POLISH_GRID": 2,
     "POLISH_STEPS": 2,
+    "CONTOUR_AREA_LOSS_WEIGHT": 6.0,
     "TOWER_CONV": "conv",
 }
 MODELS = {"bbox": {}, "corners": {"CPV": True}, "segm": {"TASK": "segm"}, "joint": JOINT}

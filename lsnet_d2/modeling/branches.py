@@ -24,7 +24,7 @@ from .losses import box_penalty, cross_iou, cross_iou_grouped, cross_iou_per_coo
 _SLIDING_COST = 0.25
 # About the mean of COCO's tolerances of people's keypoints.
 _OKS_SIGMA = 0.07
-# Least and most that the third stage's loss of a contour is multiplied by.
+# Least and most that the displacements of a contour are multiplied by in the third stage.
 _SLENDERNESS = 1.0, 4.0
 _TINY = 1e-6
 
@@ -99,7 +99,7 @@ class ContourBranch(LandmarkBranch):
         """
         Args:
             num_points: P, 8 to 128.
-            area_weight: in the third stage, of the IOU of areas beside displacements.
+            area_weight: of the area beside the displacements, which the third stage loses.
 
         Raises:
             ValueError: a number is out of range; the message names the config's key.
@@ -108,7 +108,7 @@ class ContourBranch(LandmarkBranch):
             raise ValueError(
                 f"MODEL.LSNET.NUM_CONTOUR_POINTS is {num_points}; it must be from 8 to 128"
             )
-        if area_weight < 0:
+        if not area_weight >= 0:
             raise ValueError(
                 f"MODEL.LSNET.CONTOUR_AREA_LOSS_WEIGHT is {area_weight}; it must not be negative"
             )

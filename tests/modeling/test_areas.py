@@ -64,6 +64,17 @@ def test_squares_of_cells():
     assert cells_inside(torch.zeros(0, 36, 2), SIZE).shape == (0, *SIZE)
 
 
+@pytest.mark.parametrize("bad", [(torch.nan, 3.0), (3.0, torch.nan), (torch.inf, -torch.inf)])
+def test_what_is_not_finite(bad):
+    """It must show in the loss, whose check names the image, and not as an index out of range."""
+    true = with_edges_halved(square())
+    broken = true.clone()
+    broken[0, 5] = torch.tensor(bad)
+    assert not area_loss(broken, true).isfinite().any()
+    assert 0 <= area_iou(true, broken) <= 1
+    assert cells_inside(broken, SIZE).shape == (1, *SIZE)
+
+
 @pytest.mark.parametrize("x, y", [(0, 0), (10, 0), (0, 5), (20, 10), (50, 0), (-10, -5)])
 def test_iou_of_squares(x, y):
     shared = max(40 - abs(x), 0) * max(20 - abs(y), 0)
@@ -81,8 +92,8 @@ def test_iou_of_large_masks(seed):
         for mask, polygon in zip(masks, (one, other), strict=True):
             cv2.fillPoly(mask, [np.round((polygon.numpy() + 10) * 10).astype(np.int32)], 1)
         shared, either = (masks[0] & masks[1]).sum(), (masks[0] | masks[1]).sum()
-        # of 24 * 24 places, those near the many edges may be on the other side
-        assert iou.item() == pytest.approx(shared / either, abs=0.12)
+        # spikes thinner than a place are among them
+        assert iou.item() == pytest.approx(shared / either, abs=0.05)
 
 
 @given(SEEDS)
@@ -129,6 +140,24 @@ def test_what_a_shift_costs():
     (gradient,) = torch.autograd.grad(loss.sum(), moved)
     assert (gradient[1:].sum(1)[:, 0] > 0.01).all()
     assert gradient[1:].sum(1)[:, 1].abs().max() < 1e-5
+
+
+def test_what_is_far_outside_the_true_box_does_not_count():
+    true = with_edges_halved(square())
+    larger = ((true - true.mean(1)) * 3 + true.mean(1)).requires_grad_()
+    loss = area_loss(larger, true)
+    assert loss.item() == pytest.approx(1 - 1 / 1.25**2, abs=0.03)
+    (gradient,) = torch.autograd.grad(loss.sum(), larger)
+    assert gradient.abs().max() < 1e-4
+
+
+def test_a_place_on_the_outline_has_a_gradient():
+    polygon = square().requires_grad_()
+    places = torch.tensor([[[0.0, 0.0], [20.0, 20.0], [40.0, 10.0]]])
+    distance = distance_to_outline(polygon, places)
+    assert distance.abs().max() < 2e-3
+    (gradient,) = torch.autograd.grad(distance.sum(), polygon)
+    assert gradient.isfinite().all()
 
 
 def test_a_contour_learns_its_place_from_areas_alone():

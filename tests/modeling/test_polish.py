@@ -113,7 +113,8 @@ def test_the_grid_sees_the_inside_of_the_object(grid, seen):
 
 @pytest.mark.parametrize("grid", [0, 3])
 def test_every_branch_is_polished(grid):
-    model = polished_model(POLISH_GRID=grid, KEYPOINT_SEARCH=True).train()
+    keys = {"KEYPOINT_SEARCH": True, "CONTOUR_AREA_LOSS_WEIGHT": 6.0}
+    model = polished_model(POLISH_GRID=grid, **keys).train()
     losses = losses_of(model, [make_input(BOXES, [0, 1, 2]), make_input(BOXES[:1], [1])])
     for branch in ("bbox", "segm", "pose"):
         assert losses[f"loss_{branch}_polish"] > 0 and losses[f"loss_{branch}_quality"] > 0
@@ -132,9 +133,29 @@ def test_no_gradient_reaches_the_stages_before():
         assert step.branches["segm"].out.weight.grad.abs().max() > 0
 
 
+def test_areas_are_learned_in_every_step_where_contours_are_known():
+    def losses(weight, contours_of):
+        torch.manual_seed(0)
+        model = polished_model(CONTOUR_AREA_LOSS_WEIGHT=weight, POLISH_STEPS=2).train()
+        image = make_input(BOXES, [0, 1, 2])
+        image["instances"].gt_contours[contours_of:] = torch.nan
+        found = losses_of(model, [image])
+        found["loss_segm_polish"].backward()
+        grads = [s.branches["segm"].out.weight.grad for s in model.polish.steps]
+        return {name: loss.item() for name, loss in found.items()}, grads
+
+    none, both = losses(0.0, 3), losses(6.0, 3)
+    assert both[0].pop("loss_segm_polish") > none[0].pop("loss_segm_polish") + 0.1
+    assert both[0] == pytest.approx(none[0])
+    for without, with_areas in zip(none[1], both[1], strict=True):
+        assert with_areas.isfinite().all() and not torch.allclose(without, with_areas)
+    assert losses(6.0, 0)[0]["loss_segm_polish"] == 0
+
+
 @pytest.mark.parametrize("search", [False, True])
 def test_images_without_objects_keep_all_parameters_in_the_graph(search):
-    model = polished_model(KEYPOINT_SEARCH=search, POLISH_GRID=2).train()
+    keys = {"KEYPOINT_SEARCH": search, "CONTOUR_AREA_LOSS_WEIGHT": 6.0}
+    model = polished_model(POLISH_GRID=2, **keys).train()
     losses = losses_of(model, [make_input([], [])])
     assert losses["loss_segm_polish"] == losses["loss_pose_polish"] == 0
     assert losses["loss_segm_quality"] > 0  # of decoys
