@@ -66,7 +66,8 @@ def area_iou(polygons: Tensor, others: Tensor) -> Tensor:
     """(N,): the IOU of the areas of polygons (N, P, 2) and others, each with its own.
 
     Seen on a lattice of 48 x 48 places over both, so it is off by a hundredth or two for most
-    shapes; parts thinner than a cell of it may be missed. 0 where neither encloses a place.
+    shapes, by three where sides lie along the lattice's; parts thinner than a cell of it may be
+    missed. 0 where neither encloses a place.
     """
     lattice = Lattice.over(torch.cat([polygons, others], dim=1), _COUNT_OF_IOU)
     a, b = lattice.covered(polygons), lattice.covered(others)

@@ -131,7 +131,8 @@ class TestQuality:
         true = SQUARE - 5
         true = true if sign > 0 else true.flip(1)  # either direction
         found = ContourBranch(num_points=8).quality(true * size / 10, targets(true))
-        assert found.item() == pytest.approx(iou, abs=0.01)
+        # nearly a row of 48 more on either side of the square: 44 are enclosed where 43.2 should be
+        assert found.item() == pytest.approx(iou, abs=0.031)
 
     def test_of_contours_that_slide_along_the_outline(self):
         true = 10 * regular(128)
