@@ -94,15 +94,21 @@ def distance_to_outline(polygons: Tensor, places: Tensor) -> Tensor:
     these."""
     at_once = max(_AT_ONCE // (places.shape[1] * polygons.shape[1]), 1)
     parts = zip(polygons.detach().split(at_once), places.split(at_once), strict=True)
-    edge, share = (torch.cat(found) for found in zip(*(_nearest(*p) for p in parts), strict=True))
-    edge = edge.expand(-1, -1, 2)
-    # Where along the edge the nearest point is does not matter to first order.
-    point = torch.lerp(polygons.gather(1, edge), polygons.roll(-1, 1).gather(1, edge), share)
-    return ((places - point).square().sum(dim=2) + _TINY).sqrt()
+    edge = torch.cat([_nearest_edge(*part) for part in parts])[..., None].expand(-1, -1, 2)
+    start, end = polygons.gather(1, edge), polygons.roll(-1, 1).gather(1, edge)
+    return (to_segment(places, start, end - start).square().sum(dim=2) + _TINY).sqrt()
 
 
-def _nearest(polygons: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-    """The edges (N, M, 1) nearest to places, and how far along them (N, M, 1), from 0 to 1."""
+def to_segment(points: Tensor, start: Tensor, along: Tensor) -> Tensor:
+    """Displacements (..., 2) from points to the nearest places of segments."""
+    away = start - points
+    length = along.square().sum(-1, keepdim=True)
+    share = -(away * along).sum(-1, keepdim=True) / length.clamp(min=1e-12)
+    return away + share.clamp(0, 1) * along
+
+
+def _nearest_edge(polygons: Tensor, places: Tensor) -> Tensor:
+    """(N, M): the edge that is nearest to a place. By coordinate, which is faster on CPUs."""
     along = polygons.roll(-1, 1) - polygons
     (x, y), (dx, dy) = (
         (places[:, :, None] - polygons[:, None]).unbind(-1),
@@ -111,8 +117,7 @@ def _nearest(polygons: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
     # No matrix products, which autocast would compute in low precision.
     share = (x * dx + y * dy) / along.square().sum(-1).clamp(min=_TINY)[:, None]
     share = share.clamp_(0, 1)
-    edge = ((x - share * dx).square() + (y - share * dy).square()).argmin(2, keepdim=True)
-    return edge, share.gather(2, edge)
+    return ((x - share * dx).square() + (y - share * dy).square()).argmin(2)
 
 
 def cells_inside(contours: Tensor, size: tuple[int, int]) -> Tensor:

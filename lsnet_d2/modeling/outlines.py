@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-from .areas import cells_inside
+from .areas import cells_inside, to_segment
 from .assigners import lowest_cost
 from .blocks import same_conv, set_prior
 from .distributed import mean_over_workers
@@ -135,7 +135,7 @@ def nearest_outline(contours: Tensor, size: tuple[int, int], stride: int) -> tup
     segment = segment[:, None].expand(cells.shape[:2])
     on_map = ((cells >= 0) & (cells < cells.new_tensor([width, height]))).all(2)
     cells, segment = cells[on_map], segment[on_map]
-    distance = _to_segment(cells, start[segment], along[segment]).norm(dim=1)
+    distance = to_segment(cells, start[segment], along[segment]).norm(dim=1)
     close = distance < _REACH
     cells, segment = cells[close], segment[close]
     owner = lowest_cost(height * width, cells[:, 1] * width + cells[:, 0], segment, distance[close])
@@ -143,16 +143,8 @@ def nearest_outline(contours: Tensor, size: tuple[int, int], stride: int) -> tup
     segment = owner[near]
     cells = torch.stack([near % width, near // width], dim=1)
     displacement = start.new_zeros(height * width, 2)
-    displacement[near] = stride * _to_segment(cells, start[segment], along[segment])
+    displacement[near] = stride * to_segment(cells, start[segment], along[segment])
     return displacement.view(height, width, 2), (owner >= 0).view(height, width)
-
-
-def _to_segment(points: Tensor, start: Tensor, along: Tensor) -> Tensor:
-    """Displacements (N, 2) from points to the nearest places of segments."""
-    away = start - points
-    length = along.square().sum(1, keepdim=True)
-    share = -(away * along).sum(1, keepdim=True) / length.clamp(min=1e-12)
-    return away + share.clamp(0, 1) * along
 
 
 def known_cells(

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_model import make_input, tiny_cfg, tiny_model
 
-from lsnet_d2.modeling import outlines
+from lsnet_d2.modeling.areas import to_segment
 from lsnet_d2.modeling.landmarks import LandmarkTargets, span_boxes
 from lsnet_d2.modeling.outlines import (
     OutlineMaps,
@@ -48,7 +48,7 @@ def test_nearest_outline_is_that_of_all_segments(seed):
     cells = torch.stack([x, y], dim=-1).view(-1, 2).float()
     start = contours.flatten(0, 1)
     along = contours.roll(-1, 1).flatten(0, 1) - start
-    every = torch.stack([outlines._to_segment(cell[None], start, along) for cell in cells])
+    every = torch.stack([to_segment(cell[None], start, along) for cell in cells])
     distance = every.norm(dim=2).amin(dim=1).view(SIZE)
     assert torch.equal(near[distance < 1.499], torch.ones_like(near[distance < 1.499]))
     assert not near[distance > 1.501].any()
