@@ -56,6 +56,8 @@ def add_lsnet_config(cfg: CN) -> None:
     cfg.MODEL.LSNET.POLISH_IN_FEATURES = []
     # How often it does so, each time with weights of its own.
     cfg.MODEL.LSNET.POLISH_STEPS = 1
+    # How many times more the last step is made in tests: landmarks go on getting nearer.
+    cfg.MODEL.LSNET.POLISH_REPEATS_TEST = 0
     # Rows and columns of a grid of points in each object's box that it looks at, beside landmarks.
     cfg.MODEL.LSNET.POLISH_GRID = 0
     # Anchor points of each object, taken at random from those of the refine stage, that it learns

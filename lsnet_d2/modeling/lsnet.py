@@ -54,6 +54,7 @@ class LSNet(DenseDetector):
         test_nms_thresh: float = 0.6,
         test_min_box_area: float = 0.0,
         test_quality_share: float = 0.0,
+        test_polish_repeats: int = 0,
         max_detections_per_image: int = 100,
         pixel_mean: list[float],
         pixel_std: list[float],
@@ -69,6 +70,7 @@ class LSNet(DenseDetector):
             test_topk_candidates: points kept per level before NMS.
             test_min_box_area: in square pixels of the original image; detections need more.
             test_quality_share: of the third stage's judgement in scores, as an exponent.
+            test_polish_repeats: how many times more the third stage makes its last step.
             input_format: channel order of the images, for visualisation.
         """
         super().__init__(
@@ -85,6 +87,7 @@ class LSNet(DenseDetector):
         self.test_nms_thresh = test_nms_thresh
         self.test_min_box_area = test_min_box_area
         self.test_quality_share = test_quality_share
+        self.test_polish_repeats = test_polish_repeats
         self.max_detections_per_image = max_detections_per_image
         self.input_format = input_format
 
@@ -112,6 +115,7 @@ class LSNet(DenseDetector):
             "test_nms_thresh": cfg.MODEL.LSNET.NMS_THRESH_TEST,
             "test_min_box_area": cfg.MODEL.LSNET.MIN_BOX_AREA_TEST,
             "test_quality_share": cfg.MODEL.LSNET.QUALITY_SHARE_TEST,
+            "test_polish_repeats": cfg.MODEL.LSNET.POLISH_REPEATS_TEST,
             "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
@@ -257,7 +261,7 @@ class LSNet(DenseDetector):
             Per branch landmarks, and (D,) their scores.
         """
         image = torch.zeros_like(scores, dtype=torch.long)
-        last = self.polish(fine, image, landmarks)[-1]
+        last = self.polish(fine, image, landmarks, repeats=self.test_polish_repeats)[-1]
         qualities = [
             polished.quality.float().sigmoid().gather(1, classes[:, None])[:, 0]
             for polished in last

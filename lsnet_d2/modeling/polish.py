@@ -239,12 +239,18 @@ class Polish(nn.Module):
         return [self.convs(finest), *others]
 
     def forward(
-        self, features: list[Tensor], image: Tensor, landmarks: Sequence[Tensor]
+        self,
+        features: list[Tensor],
+        image: Tensor,
+        landmarks: Sequence[Tensor],
+        *,
+        repeats: int = 0,
     ) -> list[list[Polished]]:
         """
         Args:
             features: of :meth:`features`.
             image, landmarks: see :meth:`PolishStep.forward`.
+            repeats: how many times more the last step is made.
 
         Returns:
             What each step makes of those of each branch. No gradient flows from a step to those
@@ -252,7 +258,7 @@ class Polish(nn.Module):
         """
         heatmaps = {name: maps(features[0]) for name, maps in self.heatmaps.items()}
         results = []
-        for step in self.steps:
+        for step in [*self.steps, *repeats * [self.steps[-1]]]:
             results.append(step(features, image, landmarks, heatmaps))
             landmarks = [polished.landmarks.detach() for polished in results[-1]]
         return results
@@ -288,6 +294,11 @@ def build_polish(
         raise ValueError(f"MODEL.LSNET.POLISH_STEPS is {node.POLISH_STEPS}; it must be positive")
     if node.POLISH_GRID < 0:
         raise ValueError(f"MODEL.LSNET.POLISH_GRID is {node.POLISH_GRID}; it must not be negative")
+    if node.POLISH_REPEATS_TEST < 0:
+        raise ValueError(
+            f"MODEL.LSNET.POLISH_REPEATS_TEST is {node.POLISH_REPEATS_TEST}; it must not be "
+            "negative"
+        )
     if not 0 <= node.QUALITY_SHARE_TEST <= 1:
         raise ValueError(
             f"MODEL.LSNET.QUALITY_SHARE_TEST is {node.QUALITY_SHARE_TEST}; it must be from 0 to 1"

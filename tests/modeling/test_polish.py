@@ -94,6 +94,30 @@ def test_each_step_starts_from_the_one_before():
         torch.testing.assert_close(places, landmarks + number * first, rtol=1e-4, atol=1e-3)
 
 
+def test_the_last_step_may_be_made_again():
+    def moves_of(**keys):
+        """How far the first landmark of each detection goes to the right, of one and two steps that
+        go 0.2 and 0.3."""
+        model = detecting_model(POLISH_STEPS=2, **keys)
+        for step, way in zip(model.polish.steps, (0.2, 0.3), strict=True):
+            step.branches["pose"].out.bias.data[0] = way
+        with torch.no_grad():
+            points, predictions, fine = model.predict(torch.zeros(1, 3, 128, 128))
+            chosen = torch.arange(20)
+            before = [
+                branch.decode(v[0][chosen], points.xy[chosen], points.strides[chosen])
+                for branch, v in zip(model.branches, predictions.refine, strict=True)
+            ]
+            scores, classes = torch.ones(20), torch.zeros(20, dtype=torch.long)
+            after, _ = model.polished(fine, before, scores, classes)
+        size = (before[0].amax(1) - before[0].amin(1)).norm(dim=1)
+        return (after[2] - before[2])[:, 0, 0] / (0.1 * size)
+
+    torch.testing.assert_close(moves_of(), torch.full((20,), 0.5), rtol=1e-4, atol=1e-4)
+    again = moves_of(POLISH_REPEATS_TEST=2)
+    torch.testing.assert_close(again, torch.full((20,), 1.1), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("grid, seen", [(0, False), (2, True)])
 def test_the_grid_sees_the_inside_of_the_object(grid, seen):
     torch.manual_seed(0)
@@ -218,6 +242,8 @@ def test_unknown_features_are_named():
         polished_model(POLISH_STEPS=0)
     with pytest.raises(ValueError, match="POLISH_GRID is -1"):
         polished_model(POLISH_GRID=-1)
+    with pytest.raises(ValueError, match="POLISH_REPEATS_TEST is -1"):
+        polished_model(POLISH_REPEATS_TEST=-1)
 
 
 def test_scores_join_class_and_quality():
