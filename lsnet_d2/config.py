@@ -73,6 +73,8 @@ def add_lsnet_config(cfg: CN) -> None:
     # Give each kind of keypoint a map, on which the third stage seeks it around the place where it
     # was taken to be.
     cfg.MODEL.LSNET.KEYPOINT_SEARCH = False
+    # Convolutions that these maps have for themselves, after those that they share.
+    cfg.MODEL.LSNET.KEYPOINT_SEARCH_CONVS = 0
 
     # The third stage also predicts how good its landmarks are, as those of each class. Scores of
     # detections are the class's to the power of 1 - share, times the predicted quality to the power

@@ -11,7 +11,7 @@ from lsnet_d2.config_file import load_config
 from lsnet_d2.errors import ConfigError
 from lsnet_d2.starting_config import CocoFile, starting_config
 
-BASES = ["quick/photos_joint.yaml", "joint/lsnet_R_50_FPN_1x.yaml", "bbox/lsnet_R_50_FPN_1x.yaml"]
+BASES = ["plus/photos_joint.yaml", "joint/lsnet_R_50_FPN_1x.yaml", "bbox/lsnet_R_50_FPN_1x.yaml"]
 
 
 @pytest.fixture

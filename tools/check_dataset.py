@@ -19,7 +19,7 @@ from lsnet_d2.errors import UserError, exit_on_user_error
 from lsnet_d2.files import atomic_write, require_new_file
 from lsnet_d2.starting_config import CocoFile, starting_config
 
-BASE_CONFIG = Path(__file__).resolve().parent.parent / "configs/quick/photos_joint.yaml"
+BASE_CONFIG = Path(__file__).resolve().parent.parent / "configs/plus/photos_joint.yaml"
 
 
 def get_parser() -> argparse.ArgumentParser:

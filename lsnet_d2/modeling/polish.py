@@ -210,28 +210,31 @@ class Polish(nn.Module):
         steps: from one to the next.
         outlines: of the branches that have any, what they teach the finest features.
         heatmaps: of those whose landmarks are sought, what makes the maps for it.
+        towers: what the finest features go through before, for these maps alone.
     """
 
     def __init__(
         self,
         in_features: Sequence[str],
         steps: Sequence[PolishStep],
-        convs: Sequence[nn.Module] = (),
+        convs: nn.Module | None = None,
         outlines: Mapping[str, OutlineMaps] | None = None,
         heatmaps: Mapping[str, nn.Module] | None = None,
+        towers: Mapping[str, nn.Module] | None = None,
     ) -> None:
         """
         Args:
             in_features: names of the feature maps that are looked at, finest first.
-            convs: what the finest goes through before.
-            steps, outlines, heatmaps: see the class.
+            convs: what the finest goes through before, if anything.
+            steps, outlines, heatmaps, towers: see the class; each of the heat maps has a tower.
         """
         super().__init__()
         self.in_features = list(in_features)
         self.steps = nn.ModuleList(steps)
-        self.convs = nn.Sequential(*convs)
+        self.convs = convs or nn.Identity()
         self.outlines = nn.ModuleDict(outlines or {})
         self.heatmaps = nn.ModuleDict(heatmaps or {})
+        self.towers = nn.ModuleDict(towers or {})
 
     def features(self, features: Mapping[str, Tensor]) -> list[Tensor]:
         """The maps to look at, each (B, C, H, W), from those of the backbone."""
@@ -256,7 +259,9 @@ class Polish(nn.Module):
             What each step makes of those of each branch. No gradient flows from a step to those
             before.
         """
-        heatmaps = {name: maps(features[0]) for name, maps in self.heatmaps.items()}
+        heatmaps = {
+            name: maps(self.towers[name](features[0])) for name, maps in self.heatmaps.items()
+        }
         results = []
         for step in [*self.steps, *repeats * [self.steps[-1]]]:
             results.append(step(features, image, landmarks, heatmaps))
@@ -268,6 +273,10 @@ def _grid_in_box(count: int) -> Tensor:
     """(count * count, 2): the middles of the cells of a box from -0.5 to 0.5, row by row."""
     ticks = (torch.arange(count) + 0.5) / max(count, 1) - 0.5
     return square_lattice(ticks)
+
+
+def _convs(channels: int, number: int) -> nn.Sequential:
+    return nn.Sequential(*(ConvNormAct(channels, channels) for _ in range(number)))
 
 
 def build_polish(
@@ -303,6 +312,11 @@ def build_polish(
         raise ValueError(
             f"MODEL.LSNET.QUALITY_SHARE_TEST is {node.QUALITY_SHARE_TEST}; it must be from 0 to 1"
         )
+    if node.KEYPOINT_SEARCH_CONVS < 0:
+        raise ValueError(
+            f"MODEL.LSNET.KEYPOINT_SEARCH_CONVS is {node.KEYPOINT_SEARCH_CONVS}; it must not be "
+            "negative"
+        )
     finest = shapes[names[0]]
     outlined = [b for b in branches if b.outlined and node.OUTLINE_MAPS]
     searchable = [b for b in branches if b.searchable and node.KEYPOINT_SEARCH]
@@ -317,8 +331,7 @@ def build_polish(
         )
         for number in range(node.POLISH_STEPS)
     ]
-    num_convs = _NUM_CONVS if outlined or searchable else 0
-    convs = [ConvNormAct(finest.channels, finest.channels) for _ in range(num_convs)]
+    convs = _convs(finest.channels, _NUM_CONVS if outlined or searchable else 0)
     outlines = {
         branch.name: OutlineMaps(
             channels=finest.channels,
@@ -329,4 +342,5 @@ def build_polish(
         for branch in outlined
     }
     heatmaps = {b.name: same_conv(finest.channels, b.num_landmarks, 1) for b in searchable}
-    return Polish(names, steps, convs, outlines, heatmaps)
+    towers = {b.name: _convs(finest.channels, node.KEYPOINT_SEARCH_CONVS) for b in searchable}
+    return Polish(names, steps, convs, outlines, heatmaps, towers)

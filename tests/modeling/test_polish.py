@@ -137,7 +137,11 @@ def test_the_grid_sees_the_inside_of_the_object(grid, seen):
 
 @pytest.mark.parametrize("grid", [0, 3])
 def test_every_branch_is_polished(grid):
-    keys = {"KEYPOINT_SEARCH": True, "CONTOUR_AREA_LOSS_WEIGHT": 6.0}
+    keys = {
+        "KEYPOINT_SEARCH": True,
+        "KEYPOINT_SEARCH_CONVS": 2,
+        "CONTOUR_AREA_LOSS_WEIGHT": 6.0,
+    }
     model = polished_model(POLISH_GRID=grid, **keys).train()
     losses = losses_of(model, [make_input(BOXES, [0, 1, 2]), make_input(BOXES[:1], [1])])
     for branch in ("bbox", "segm", "pose"):
@@ -244,6 +248,8 @@ def test_unknown_features_are_named():
         polished_model(POLISH_GRID=-1)
     with pytest.raises(ValueError, match="POLISH_REPEATS_TEST is -1"):
         polished_model(POLISH_REPEATS_TEST=-1)
+    with pytest.raises(ValueError, match="KEYPOINT_SEARCH_CONVS is -1"):
+        polished_model(KEYPOINT_SEARCH_CONVS=-1)
 
 
 def test_scores_join_class_and_quality():

@@ -180,6 +180,25 @@ def test_losses_and_gradients_of_a_model():
     assert model.polish.heatmaps["pose"].weight.grad.abs().max() > 0
 
 
+def test_maps_may_have_convolutions_of_their_own():
+    torch.manual_seed(0)
+    polish = tiny_model(**LSNET, KEYPOINT_SEARCH_CONVS=2).polish
+    (tower,) = polish.towers.values()
+    assert len(tower) == 2
+    torch.nn.init.normal_(polish.heatmaps["pose"].weight)
+    channels = tower[0][0].in_channels
+    fine = [torch.randn(1, channels, size, size) for size in (16, 8)]
+    corners = torch.tensor([[[20.0, 20.0], [20.0, 100.0], [100.0, 100.0], [100.0, 20.0]]])
+
+    def found():
+        ((_, pose),) = polish(fine, torch.tensor([0]), [corners, torch.full((1, 5, 2), 60.0)])
+        return pose.search.expectation()[0]
+
+    assert found().abs().max() > 0.01
+    torch.nn.init.zeros_(tower[1][1].weight)  # of the norm: all places look alike
+    torch.testing.assert_close(found(), torch.zeros(1, 5, 2), atol=1e-6, rtol=0)
+
+
 def test_search_learns_where_a_landmark_looks_alike():
     """A keypoint that is always at the one bright cell, and never where it is sought first."""
     torch.manual_seed(0)
