@@ -56,7 +56,7 @@ def add_lsnet_config(cfg: CN) -> None:
     cfg.MODEL.LSNET.POLISH_IN_FEATURES = []
     # How often it does so, each time with weights of its own.
     cfg.MODEL.LSNET.POLISH_STEPS = 1
-    # How many times more the last step is made in tests: landmarks go on getting nearer.
+    # How many times more the last step is made in tests, with the same weights.
     cfg.MODEL.LSNET.POLISH_REPEATS_TEST = 0
     # Rows and columns of a grid of points in each object's box that it looks at, beside landmarks.
     cfg.MODEL.LSNET.POLISH_GRID = 0
@@ -73,7 +73,8 @@ def add_lsnet_config(cfg: CN) -> None:
     # Give each kind of keypoint a map, on which the third stage seeks it around the place where it
     # was taken to be.
     cfg.MODEL.LSNET.KEYPOINT_SEARCH = False
-    # Convolutions that these maps have for themselves, after those that they share.
+    # Convolutions that these maps alone go through, behind the two of the features that the third
+    # stage looks at.
     cfg.MODEL.LSNET.KEYPOINT_SEARCH_CONVS = 0
 
     # The third stage also predicts how good its landmarks are, as those of each class. Scores of

@@ -28,6 +28,8 @@ JOINT = {
     "KEYPOINT_SEARCH": True,
     "POLISH_GRID": 2,
     "POLISH_STEPS": 2,
+    "POLISH_REPEATS_TEST": 1,
+    "KEYPOINT_SEARCH_CONVS": 2,
     "CONTOUR_AREA_LOSS_WEIGHT": 6.0,
     "TOWER_CONV": "conv",
 }
@@ -167,10 +169,11 @@ def test_losses_and_gradients(lsnet):
     (losses, gradients), (theirs, their_gradients) = found
     assert theirs == pytest.approx(losses, rel=1e-4, abs=1e-6)
     assert gradients.keys() == their_gradients.keys()
-    # That of a bias before a softmax is rounding alone.
-    least = 1e-4 * max(gradient.norm() for gradient in gradients.values())
     for name, gradient in gradients.items():
-        distance = (gradient - their_gradients[name]).norm() / gradient.norm().clamp(min=least)
+        if name == "polish.heatmaps.pose.bias":  # before a softmax: 0 but for rounding
+            assert max(gradient.norm(), their_gradients[name].norm()) < 1e-6
+            continue
+        distance = (gradient - their_gradients[name]).norm() / gradient.norm().clamp(min=1e-6)
         assert distance < 1e-3, (name, distance)
 
 
@@ -190,17 +193,20 @@ def test_detections(name):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 @pytest.mark.parametrize("lsnet", MODELS.values(), ids=MODELS)
 def test_mixed_precision(lsnet, dtype):
-    # Before training all points look alike, so which are decoys would be left to rounding.
-    model = tiny_model(**lsnet, POLISH_DECOYS=0).to("cuda")
+    # Before training all points look alike, and which are decoys would be left to eight bits.
+    keys = {"POLISH_DECOYS": 0} if dtype is torch.bfloat16 else {}
+    model = tiny_model(**lsnet, **keys).to("cuda")
     with EventStorage(), torch.no_grad():
         expected = {k: v.item() for k, v in model(BATCH).items()}
         with torch.autocast("cuda", dtype=dtype):
             found = model(BATCH)
     assert all(loss.dtype is torch.float32 for loss in found.values())
-    # Of 11 and 8 bits, by which assignments to objects differ, which the third stage starts from.
-    of_bfloat16 = 0.2 if "POLISH_IN_FEATURES" in lsnet else 0.1
-    within = {torch.float16: 0.02, torch.bfloat16: of_bfloat16}[dtype]
-    assert {k: v.item() for k, v in found.items()} == pytest.approx(expected, rel=within, abs=0.01)
+    within = {torch.float16: 0.02, torch.bfloat16: 0.1}[dtype]  # of 11 and 8 bits
+    for name, loss in found.items():
+        # Other points may be assigned to the objects, which the third stage starts from.
+        of_third_stage = name.endswith(("_polish", "_quality", "_search"))
+        rel = 0.2 if of_third_stage and dtype is torch.bfloat16 else within
+        assert loss.item() == pytest.approx(expected[name], rel=rel, abs=0.01), name
     before = {k: v.clone() for k, v in model.state_dict().items()}
     loop = LSNetTrainLoop(
         model, [BATCH] * 8, torch.optim.SGD(model.parameters(), lr=1e-3), amp_dtype=dtype

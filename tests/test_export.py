@@ -41,7 +41,8 @@ MODELS = {
     "pose_bbox": {"TASK": "pose_bbox", "TOWER_CONV": "conv", "REFINE_SAMPLING": False},
     "joint, polished": {
         **{**JOINT, "TOWER_CONV": "conv", "POLISH_IN_FEATURES": ["p3", "p4"]},
-        **{"KEYPOINT_SEARCH": True, "POLISH_GRID": 2, "POLISH_STEPS": 2},
+        **{"KEYPOINT_SEARCH": True, "KEYPOINT_SEARCH_CONVS": 1, "POLISH_GRID": 2},
+        **{"POLISH_STEPS": 2, "POLISH_REPEATS_TEST": 1},
     },
 }
 FAST = ["plain towers"]

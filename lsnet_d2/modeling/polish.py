@@ -11,7 +11,7 @@ each class that the object may be of, for the score of the detection (as in Mask
 arXiv 1903.00241, and like the second look that R-CNNs have). Since it runs on a few points of
 training and on final detections alone, it costs little, and two convolutions of the features that
 it looks at where outlines teach these (:mod:`.outlines`) or landmarks are sought on them
-(:mod:`.search`).
+(:mod:`.search`), whose maps may have more of their own.
 
 Letters: N points, V landmarks, C channels, K classes.
 """
@@ -231,7 +231,7 @@ class Polish(nn.Module):
         super().__init__()
         self.in_features = list(in_features)
         self.steps = nn.ModuleList(steps)
-        self.convs = convs or nn.Identity()
+        self.convs = nn.Sequential() if convs is None else convs
         self.outlines = nn.ModuleDict(outlines or {})
         self.heatmaps = nn.ModuleDict(heatmaps or {})
         self.towers = nn.ModuleDict(towers or {})

@@ -96,8 +96,8 @@ def test_each_step_starts_from_the_one_before():
 
 def test_the_last_step_may_be_made_again():
     def moves_of(**keys):
-        """How far the first landmark of each detection goes to the right, of one and two steps that
-        go 0.2 and 0.3."""
+        """Of the first landmark, to the right in tenths of the object's size. The two steps go 0.2
+        and 0.3."""
         model = detecting_model(POLISH_STEPS=2, **keys)
         for step, way in zip(model.polish.steps, (0.2, 0.3), strict=True):
             step.branches["pose"].out.bias.data[0] = way
@@ -182,7 +182,11 @@ def test_areas_are_learned_in_every_step_where_contours_are_known():
 
 @pytest.mark.parametrize("search", [False, True])
 def test_images_without_objects_keep_all_parameters_in_the_graph(search):
-    keys = {"KEYPOINT_SEARCH": search, "CONTOUR_AREA_LOSS_WEIGHT": 6.0}
+    keys = {
+        "KEYPOINT_SEARCH": search,
+        "KEYPOINT_SEARCH_CONVS": 1,
+        "CONTOUR_AREA_LOSS_WEIGHT": 6.0,
+    }
     model = polished_model(POLISH_GRID=2, **keys).train()
     losses = losses_of(model, [make_input([], [])])
     assert losses["loss_segm_polish"] == losses["loss_pose_polish"] == 0
