@@ -288,8 +288,8 @@ def build_polish(
         shapes: of the backbone's features.
 
     Raises:
-        ValueError: the backbone has no such feature, or there is no such number of steps, grid, or
-            share of the quality; the message names the key.
+        ValueError: the backbone has no such feature, or a number is out of its range; the message
+            names the key.
     """
     node = cfg.MODEL.LSNET
     names = list(node.POLISH_IN_FEATURES)
@@ -301,21 +301,12 @@ def build_polish(
         )
     if node.POLISH_STEPS < 1:
         raise ValueError(f"MODEL.LSNET.POLISH_STEPS is {node.POLISH_STEPS}; it must be positive")
-    if node.POLISH_GRID < 0:
-        raise ValueError(f"MODEL.LSNET.POLISH_GRID is {node.POLISH_GRID}; it must not be negative")
-    if node.POLISH_REPEATS_TEST < 0:
-        raise ValueError(
-            f"MODEL.LSNET.POLISH_REPEATS_TEST is {node.POLISH_REPEATS_TEST}; it must not be "
-            "negative"
-        )
+    for key in ("POLISH_GRID", "POLISH_REPEATS_TEST", "KEYPOINT_SEARCH_CONVS"):
+        if node[key] < 0:
+            raise ValueError(f"MODEL.LSNET.{key} is {node[key]}; it must not be negative")
     if not 0 <= node.QUALITY_SHARE_TEST <= 1:
         raise ValueError(
             f"MODEL.LSNET.QUALITY_SHARE_TEST is {node.QUALITY_SHARE_TEST}; it must be from 0 to 1"
-        )
-    if node.KEYPOINT_SEARCH_CONVS < 0:
-        raise ValueError(
-            f"MODEL.LSNET.KEYPOINT_SEARCH_CONVS is {node.KEYPOINT_SEARCH_CONVS}; it must not be "
-            "negative"
         )
     finest = shapes[names[0]]
     outlined = [b for b in branches if b.outlined and node.OUTLINE_MAPS]
