@@ -18,8 +18,8 @@ def bilinear_corners(
         right, bottom left, bottom right; weight (..., 4), differentiable in ``y`` and ``x``, zero
         for pixels outside.
     """
-    row, row_weight = _neighbours(y, height)
-    column, column_weight = _neighbours(x, width)
+    row, row_weight = neighbours(y, height)
+    column, column_weight = neighbours(x, width)
     if isinstance(width, Tensor):
         width = width[..., None].to(row.dtype)
     pixel = (row * width)[..., :, None] + column[..., None, :]
@@ -27,8 +27,16 @@ def bilinear_corners(
     return pixel.flatten(-2), weight.flatten(-2)
 
 
-def _neighbours(position: Tensor, size: Tensor | int) -> tuple[Tensor, Tensor]:
-    """The two integers around ``position`` (..., 2) clamped to [0, size), and their weights."""
+def neighbours(position: Tensor, size: Tensor | int) -> tuple[Tensor, Tensor]:
+    """The two pixels around each position on one axis, and their weights; 0 for those outside.
+
+    Args:
+        position: in pixels, any shape (...).
+        size: number of pixels; broadcastable to ``position``.
+
+    Returns:
+        index (..., 2) int32, clamped to [0, size); weight (..., 2), differentiable in ``position``.
+    """
     # Locations more than a pixel outside have no weight wherever they are: keep them near, so that
     # the conversion to an integer is defined.
     if isinstance(size, Tensor):

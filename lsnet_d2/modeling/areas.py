@@ -23,8 +23,8 @@ _EXTENT_OF_LOSS = 1.25
 # cell is hardly covered.
 _SOFTNESS = 0.5
 _TINY = 1e-6
-# Pairs of a place and an edge that are looked at together: more take more memory.
-_AT_ONCE = 2**20
+# Pairs of a place and an edge that are looked at together: more do not stay in a CPU's cache.
+_AT_ONCE = 2**16
 
 
 @dataclass
@@ -74,19 +74,30 @@ def area_iou(polygons: Tensor, others: Tensor) -> Tensor:
     return (a & b).sum(dim=1) / (a | b).sum(dim=1).clamp(min=1)
 
 
-def area_loss(polygons: Tensor, true: Tensor) -> Tensor:
-    """(N,): 1 minus the IOU of polygons (N, P, 2) and the true ones, both with soft edges.
+class SoftArea:
+    """The areas of true polygons (N, P, 2) with soft edges, for others to be compared with."""
 
-    Only places within 1.25 times the true box count, and only edges near one of them get a
-    gradient: what lies far outside must be brought back by another loss. A bridge between parts is
-    a soft slot, so moving it costs a little. Finite for finite polygons, even without area.
-    """
-    lattice = Lattice.over(true, _COUNT_OF_LOSS, _EXTENT_OF_LOSS)
-    with torch.no_grad():
-        target = lattice.coverage(true)
-    coverage = lattice.coverage(polygons)
-    shared, either = torch.minimum(coverage, target), torch.maximum(coverage, target)
-    return 1 - shared.sum(dim=1) / either.sum(dim=1)
+    @torch.no_grad()
+    def __init__(self, true: Tensor) -> None:
+        self._lattice = Lattice.over(true, _COUNT_OF_LOSS, _EXTENT_OF_LOSS)
+        self._coverage = self._lattice.coverage(true)
+
+    def loss(self, polygons: Tensor) -> Tensor:
+        """(N,): 1 minus the IOU of polygons (N, P, 2), with soft edges too, and the true ones.
+
+        Only places within 1.25 times the true box count, and only edges near one of them get a
+        gradient: what lies far outside must be brought back by another loss. A bridge between
+        parts is a soft slot, so moving it costs a little. Finite for finite polygons, even without
+        area.
+        """
+        coverage, true = self._lattice.coverage(polygons), self._coverage
+        shared, either = torch.minimum(coverage, true), torch.maximum(coverage, true)
+        return 1 - shared.sum(dim=1) / either.sum(dim=1)
+
+
+def area_loss(polygons: Tensor, true: Tensor) -> Tensor:
+    """(N,): :meth:`SoftArea.loss`, where the true polygons (N, P, 2) are needed once."""
+    return SoftArea(true).loss(polygons)
 
 
 def distance_to_outline(polygons: Tensor, places: Tensor) -> Tensor:
@@ -108,16 +119,26 @@ def to_segment(points: Tensor, start: Tensor, along: Tensor) -> Tensor:
 
 
 def _nearest_edge(polygons: Tensor, places: Tensor) -> Tensor:
-    """(N, M): the edge that is nearest to a place. By coordinate, which is faster on CPUs."""
+    """(N, M): the edge that is nearest to a place.
+
+    Edges are compared by the square of the distance less that of the place from the origin, which
+    all have in common. So few large tensors are made, which is what takes the time on CPUs; and no
+    matrix products, which autocast would compute in low precision.
+    """
+    origin = places[:, :1]  # squares of small coordinates are exact, and vertices may be NaN
+    polygons, places = polygons - origin, places - origin
     along = polygons.roll(-1, 1) - polygons
-    (x, y), (dx, dy) = (
-        (places[:, :, None] - polygons[:, None]).unbind(-1),
-        along[:, None].unbind(-1),
-    )
-    # No matrix products, which autocast would compute in low precision.
-    share = (x * dx + y * dy) / along.square().sum(-1).clamp(min=_TINY)[:, None]
-    share = share.clamp_(0, 1)
-    return ((x - share * dx).square() + (y - share * dy).square()).argmin(2)
+    length = along.square().sum(-1).clamp(min=_TINY)[:, None]
+    onward = _dots(places, along, -(polygons * along).sum(-1))
+    share = (onward / length).clamp_(0, 1)
+    beyond = (share * length).sub_(onward, alpha=2).mul_(share)
+    return beyond.add_(_dots(places, -2 * polygons, polygons.square().sum(-1))).argmin(2)
+
+
+def _dots(places: Tensor, vectors: Tensor, summand: Tensor) -> Tensor:
+    """(N, M, P): scalar products of (N, M, 2) and (N, P, 2), and a summand (N, P)."""
+    (x, y), (dx, dy) = places[:, :, None].unbind(-1), vectors[:, None].unbind(-1)
+    return torch.addcmul(summand[:, None], x, dx).addcmul_(y, dy)
 
 
 def cells_inside(contours: Tensor, size: tuple[int, int]) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..data.keypoints import keypoint_flip_indices
 from ..structures import ContourMasks
 from ..tasks import branch_weights
-from .areas import area_iou, area_loss
+from .areas import area_iou
 from .landmarks import LandmarkBranch, LandmarkTargets, clip_points, span_boxes, spread_indices
 from .losses import box_penalty, cross_iou, cross_iou_grouped, cross_iou_per_coordinate
 
@@ -155,7 +155,7 @@ class ContourBranch(LandmarkBranch):
         true = targets.landmarks
         loss = _slenderness(true) * super().displacement_loss(landmarks, targets)
         if self.area_weight:
-            loss = loss + self.area_weight * area_loss(landmarks, true)
+            loss = loss + self.area_weight * targets.area.loss(landmarks)
         return loss
 
     def quality(self, landmarks: Tensor, targets: LandmarkTargets) -> Tensor:

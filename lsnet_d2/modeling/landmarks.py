@@ -10,6 +10,7 @@ x, y in pixels of the network's input image, unless said otherwise.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from detectron2.config import CfgNode
 from detectron2.structures import Instances
 from torch import Tensor
 
+from .areas import SoftArea
 from .vectors import decode_vectors, encode_vectors
 
 NUM_SAMPLING_POINTS = 9
@@ -66,6 +68,11 @@ class LandmarkTargets:
     def points(self) -> Tensor:
         """(G, V + 1, 2): the landmarks and, last, the centre."""
         return torch.cat([self.landmarks, self.centers[:, None]], dim=1)
+
+    @cached_property
+    def area(self) -> SoftArea:
+        """What the landmarks enclose, if they are an outline; the steps of a stage share it."""
+        return SoftArea(self.landmarks)
 
     @staticmethod
     def cat(targets: list["LandmarkTargets"]) -> "LandmarkTargets":

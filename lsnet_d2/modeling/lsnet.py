@@ -96,6 +96,10 @@ class LSNet(DenseDetector):
         backbone = build_backbone(cfg)
         shapes = backbone.output_shape()
         in_features = cfg.MODEL.LSNET.IN_FEATURES
+        if missing := [name for name in in_features if name not in shapes]:
+            raise ValueError(
+                f"MODEL.LSNET.IN_FEATURES names {missing}; the backbone has {', '.join(shapes)}"
+            )
         branches = build_branches(cfg)
         return {
             "backbone": backbone,

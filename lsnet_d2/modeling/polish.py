@@ -24,7 +24,7 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
-from ..layers import sample_features
+from ..layers import PointSampler
 from .blocks import ConvNormAct, same_conv, set_prior
 from .landmarks import DISPLACEMENT_UNIT, LandmarkBranch
 from .outlines import OutlineMaps
@@ -169,13 +169,7 @@ class PolishStep(nn.Module):
         middle = ((low + high) / 2)[:, None]
         grid = middle + (high - low)[:, None] * self.grid
         points = torch.cat([*landmarks, grid], dim=1)
-        sampled = torch.cat(
-            [
-                sample_features(feature, stride, image, points)
-                for feature, stride in zip(features, self.strides, strict=True)
-            ],
-            dim=2,
-        )
+        sampled = PointSampler(features, self.strides)(image, points)
         # What is far from the object, as in a decoy, must not outweigh all else.
         place = ((points - middle) / size).clamp(-_FARTHEST, _FARTHEST).to(sampled)
         identity = [branch.identity for branch in self.branches.values()]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..layers.bilinear import bilinear_corners
+from ..layers.bilinear import bilinear_corners, neighbours
 from .points import square_lattice
 
 _COUNT = 11
@@ -76,7 +76,9 @@ class LandmarkSearch(nn.Module):
             reach: from the middle of the window to its sides, in sizes of the object.
         """
         super().__init__()
-        lattice = square_lattice(torch.linspace(-reach, reach, _COUNT))
+        ticks = torch.linspace(-reach, reach, _COUNT)
+        lattice = square_lattice(ticks)
+        self.register_buffer("ticks", ticks, persistent=False)
         self.register_buffer("lattice", lattice, persistent=False)
         # At first it is most likely in the middle.
         prior = -2 * (lattice / reach).square().sum(1)
@@ -93,31 +95,41 @@ class LandmarkSearch(nn.Module):
             landmarks: (N, V, 2) in pixels, where they are taken to be.
             size: (N, 1, 1) in pixels.
         """
-        places = landmarks[:, :, None] + size[..., None] * self.lattice
-        logits = sample_own_heatmaps(heatmaps.float(), stride, image, places) + self.prior
+        x, y = (landmarks[:, :, None] + size[..., None] * self.ticks[:, None]).unbind(-1)
+        logits = sample_own_heatmaps(heatmaps.float(), stride, image, x, y).flatten(2) + self.prior
         return SearchResult(logits, landmarks, size, self.lattice)
 
 
-def sample_own_heatmaps(heatmaps: Tensor, stride: int, image: Tensor, points: Tensor) -> Tensor:
-    """Each landmark's own map at places of the images, interpolated.
+def sample_own_heatmaps(
+    heatmaps: Tensor, stride: int, image: Tensor, x: Tensor, y: Tensor
+) -> Tensor:
+    """Each landmark's own map on a lattice of places of the images, interpolated.
 
     Outside it is as on the border: 0, say, could be far more than what a map has where nothing is.
 
     Args:
         heatmaps: (B, V, H, W), cell (i, j) lying at x = j * stride, y = i * stride.
-        image: (N,), in which image the points are.
-        points: (N, V, P, 2) as x, y in pixels.
+        image: (N,), in which image the lattices are.
+        x: (N, V, K), of the lattice's columns, in pixels.
+        y: (N, V, K), of its rows.
 
     Returns:
-        (N, V, P).
+        (N, V, K, K), row by row.
     """
     number, height, width = heatmaps.shape[1:]
-    # Places in half precision would be off by pixels.
-    points = points.to(torch.promote_types(points.dtype, torch.float32))
-    x, y = (points / stride).unbind(-1)
-    x, y = x.clamp(0, width - 1), y.clamp(0, height - 1)
-    pixel, weight = bilinear_corners(y, x, height, width)
+    column, of_column = _cells(x, stride, width)
+    row, of_row = _cells(y, stride, height)
     own = image[:, None] * number + torch.arange(number, device=heatmaps.device)
-    index = own[:, :, None, None] * (height * width) + pixel
+    first = (own[:, :, None, None] * height + row) * width
+    # (N, V, K, 2, K, 2): by row and column of the lattice, each between two of the map.
+    index = first[..., None, None] + column[:, :, None, None]
     values = heatmaps.flatten().gather(0, index.flatten()).view(index.shape)
-    return (values * weight.to(values)).sum(-1)
+    values = (values * of_column[:, :, None, None].to(values)).sum(-1)
+    return (values * of_row[..., None].to(values)).sum(3)
+
+
+def _cells(position: Tensor, stride: int, size: int) -> tuple[Tensor, Tensor]:
+    """The two of ``size`` cells around positions (...) in pixels, (..., 2), and their weights."""
+    # Places in half precision would be off by pixels.
+    position = position.to(torch.promote_types(position.dtype, torch.float32))
+    return neighbours((position / stride).clamp(0, size - 1), size)

@@ -2,7 +2,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lsnet_d2.layers import sample_features
+from lsnet_d2.layers import PointSampler
 
 
 @given(st.integers(1, 40), st.integers(1, 30), st.sampled_from([4, 8]))
@@ -13,6 +13,20 @@ def test_features_are_interpolated_in_pixels_of_the_image(x, y, stride):
     features = torch.stack([torch.zeros_like(ramps), ramps])
     point = torch.tensor([x, y]).minimum(torch.tensor([11 * stride, 8 * stride])).double()
     points = torch.stack([point, point]).view(2, 1, 2)
-    sampled = sample_features(features.double(), stride, torch.tensor([1, 0]), points)
+    sampler = PointSampler([features.double()], [stride])
+    sampled = sampler(torch.tensor([1, 0]), points)
     torch.testing.assert_close(sampled[0, 0], point)
     assert sampled[1].abs().max() == 0
+
+
+def test_maps_of_several_strides():
+    torch.manual_seed(0)
+    maps, strides = [torch.randn(2, 3, 8 // n, 12 // n) for n in (1, 2, 4)], [4, 8, 16]
+    image = torch.tensor([1, 0, 1])
+    points = torch.rand(3, 5, 2) * torch.tensor([60.0, 44.0]) - 8  # some lie outside
+    together = PointSampler(maps, strides)(image, points)
+    alone = [
+        PointSampler([one], [stride])(image, points)
+        for one, stride in zip(maps, strides, strict=True)
+    ]
+    torch.testing.assert_close(together, torch.cat(alone, dim=2))

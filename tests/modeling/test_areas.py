@@ -13,6 +13,7 @@ from lsnet_d2.modeling.areas import (
     area_loss,
     cells_inside,
     distance_to_outline,
+    to_segment,
 )
 from lsnet_d2.modeling.branches import ContourBranch
 from lsnet_d2.modeling.landmarks import LandmarkTargets, span_boxes
@@ -219,3 +220,13 @@ def test_weight_from_a_config():
     assert model.branches[0].area_weight == 2.5
     with pytest.raises(ValueError, match=r"MODEL\.LSNET\.CONTOUR_AREA_LOSS_WEIGHT is -1.0"):
         tiny_model(TASK="segm", CONTOUR_AREA_LOSS_WEIGHT=-1.0)
+
+
+@pytest.mark.parametrize("away", [0.0, 5000.0])
+def test_edges_are_told_apart_anywhere_in_an_image(away):
+    polygons, places = with_edges_halved(square()) + away, away + 40 * torch.rand(1, 50, 2)
+    start, along = polygons, polygons.roll(-1, 1) - polygons
+    every = to_segment(places[:, :, None], start[:, None], along[:, None]).norm(dim=3)
+    torch.testing.assert_close(
+        distance_to_outline(polygons, places), every.amin(2), rtol=0, atol=0.005
+    )

@@ -252,3 +252,8 @@ def test_learns_one_image():
     order = found.pred_classes.argsort()
     assert (found.pred_boxes.tensor[order] - torch.tensor(BOXES)).abs().max() < 6
     assert found.scores.min() > 0.3
+
+
+def test_a_map_that_the_backbone_lacks_is_named():
+    with pytest.raises(ValueError, match=r"MODEL\.LSNET\.IN_FEATURES names \['p8'\]; .* p3, "):
+        tiny_model(IN_FEATURES=["p3", "p4", "p8"])

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_model import make_input, tiny_model
 
-from lsnet_d2.layers import sample_features
+from lsnet_d2.layers import PointSampler
 from lsnet_d2.modeling.polish import PolishStep
 from lsnet_d2.modeling.search import LandmarkSearch, SearchResult, sample_own_heatmaps
 
@@ -31,10 +31,11 @@ def peak(x, y, height=12, width=20, value=20.0):
 def test_each_landmark_reads_its_own_map():
     torch.manual_seed(0)
     maps, image = torch.randn(2, 3, 9, 14), torch.tensor([0, 1, 1, 0])
-    points = torch.rand(4, 3, 5, 2) * torch.tensor([52.0, 32.0])
-    found = sample_own_heatmaps(maps, STRIDE, image, points)
-    every = sample_features(maps, STRIDE, image, points.flatten(1, 2)).view(4, 3, 5, 3)
-    torch.testing.assert_close(found, torch.stack([every[:, v, :, v] for v in range(3)], 1))
+    x, y = 52 * torch.rand(4, 3, 5), 32 * torch.rand(4, 3, 5)
+    found = sample_own_heatmaps(maps, STRIDE, image, x, y)
+    points = torch.stack([x[:, :, None].expand_as(found), y[..., None].expand_as(found)], dim=-1)
+    every = PointSampler([maps], [STRIDE])(image, points.flatten(1, 3)).view(4, 3, 5, 5, 3)
+    torch.testing.assert_close(found, torch.stack([every[:, v, ..., v] for v in range(3)], 1))
 
 
 @pytest.mark.parametrize("size, seen", [(40.0, True), (12.0, False)])
