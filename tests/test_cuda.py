@@ -10,7 +10,7 @@ import torch
 from detectron2.utils.events import EventStorage
 from tiny_model import make_input, tiny_model
 
-from lsnet_d2.layers import PyramidDeformConv, PyramidGrid, corner_pool, deform_conv
+from lsnet_d2.layers import PointSampler, PyramidDeformConv, PyramidGrid, corner_pool, deform_conv
 from lsnet_d2.layers.row_sum import RowIndex, weighted_row_sum
 from lsnet_d2.modeling.assigners import assign_atss, assign_nearest
 from lsnet_d2.training_loop import LSNetTrainLoop
@@ -112,6 +112,17 @@ def test_pyramid_sampling(reference_offsets):
         return grid.convolve(list(features), weight)
 
     for ours, theirs in zip(*on_both(sample, points, weight, *features), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_point_sampling():
+    maps, image = [normal(2, 16, *size) for size in SIZES], torch.tensor([1, 0, 1])
+    points = 64 + 60 * normal(3, 7, 2)
+
+    def sample(points, *maps):
+        return PointSampler(list(maps), STRIDES)(image.to(points.device), points)
+
+    for ours, theirs in zip(*on_both(sample, points, *maps), strict=True):
         torch.testing.assert_close(ours, theirs)
 
 

@@ -16,7 +16,8 @@ class PointSampler:
     """Reads feature maps of several strides at single places, interpolated; zero outside.
 
     Args:
-        features: per stride (B, C, H, W), cell (i, j) lying at x = j * stride, y = i * stride.
+        features: per stride (B, C, H, W), C being the same; cell (i, j) lies at x = j * stride,
+            y = i * stride.
         strides: of the maps.
     """
 
@@ -66,4 +67,4 @@ def _levels(
 
 
 # Made at test time, it may be used in training.
-_cached_levels = lru_cache(maxsize=32)(torch.inference_mode(False)(_levels))
+_cached_levels = lru_cache(maxsize=128)(torch.inference_mode(False)(_levels))

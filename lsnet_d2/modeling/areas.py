@@ -23,8 +23,9 @@ _EXTENT_OF_LOSS = 1.25
 # cell is hardly covered.
 _SOFTNESS = 0.5
 _TINY = 1e-6
-# Pairs of a place and an edge that are looked at together: more do not stay in a CPU's cache.
-_AT_ONCE = 2**16
+# Pairs of a place and an edge that are looked at together: more take more memory, and on a CPU do
+# not stay in its cache.
+_AT_ONCE, _AT_ONCE_ON_CPU = 2**20, 2**16
 
 
 @dataclass
@@ -95,15 +96,11 @@ class SoftArea:
         return 1 - shared.sum(dim=1) / either.sum(dim=1)
 
 
-def area_loss(polygons: Tensor, true: Tensor) -> Tensor:
-    """(N,): :meth:`SoftArea.loss`, where the true polygons (N, P, 2) are needed once."""
-    return SoftArea(true).loss(polygons)
-
-
 def distance_to_outline(polygons: Tensor, places: Tensor) -> Tensor:
     """(N, M): from places (N, M, 2) to the nearest edge of polygons (N, P, 2), differentiable in
     these."""
-    at_once = max(_AT_ONCE // (places.shape[1] * polygons.shape[1]), 1)
+    pairs = _AT_ONCE_ON_CPU if places.is_cpu else _AT_ONCE
+    at_once = max(pairs // (places.shape[1] * polygons.shape[1]), 1)
     parts = zip(polygons.detach().split(at_once), places.split(at_once), strict=True)
     edge = torch.cat([_nearest_edge(*part) for part in parts])[..., None].expand(-1, -1, 2)
     start, end = polygons.gather(1, edge), polygons.roll(-1, 1).gather(1, edge)
@@ -125,7 +122,7 @@ def _nearest_edge(polygons: Tensor, places: Tensor) -> Tensor:
     all have in common. So few large tensors are made, which is what takes the time on CPUs; and no
     matrix products, which autocast would compute in low precision.
     """
-    origin = places[:, :1]  # squares of small coordinates are exact, and vertices may be NaN
+    origin = places[:, :1]  # squares lose less to rounding; no vertex: it may be NaN
     polygons, places = polygons - origin, places - origin
     along = polygons.roll(-1, 1) - polygons
     length = along.square().sum(-1).clamp(min=_TINY)[:, None]

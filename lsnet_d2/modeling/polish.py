@@ -108,9 +108,9 @@ class PolishStep(nn.Module):
         self,
         num_landmarks: Mapping[str, int],
         in_channels: int,
-        strides: list[int],
         num_classes: int,
         *,
+        stride: int = 1,
         channels: int = 64,
         num_layers: int = 2,
         grid: int = 0,
@@ -120,15 +120,15 @@ class PolishStep(nn.Module):
         Args:
             num_landmarks: V of each branch, by its name; the first one's span the object.
             in_channels: of all feature maps together.
-            strides: of the feature maps.
             num_classes: K.
+            stride: of the maps on which landmarks are sought, if any are.
             channels: width of the tokens, a multiple of 4.
             num_layers: of self-attention.
             grid: rows and columns of the points in the object's box that are looked at, too.
             reach: of the branches whose landmarks are sought, how far, in sizes of the object.
         """
         super().__init__()
-        self.strides = strides
+        self.stride = stride
         self.appearance = nn.Linear(in_channels, channels)
         self.place = nn.Linear(2, channels)
         self.branches = nn.ModuleDict(
@@ -148,18 +148,17 @@ class PolishStep(nn.Module):
 
     def forward(
         self,
-        features: list[Tensor],
+        features: PointSampler,
         image: Tensor,
         landmarks: Sequence[Tensor],
         heatmaps: Mapping[str, Tensor] | None = None,
     ) -> list[Polished]:
         """
         Args:
-            features: per stride (B, C, H, W).
+            features: reads all maps that are looked at.
             image: (N,), in which image the points are.
             landmarks: of each branch (N, V, 2) in pixels of the network's input.
-            heatmaps: by the branch's name (B, V, H, W), on which its landmarks are sought; of the
-                first stride.
+            heatmaps: by the branch's name (B, V, H, W), on which its landmarks are sought.
 
         Returns:
             What becomes of those of each branch.
@@ -169,7 +168,7 @@ class PolishStep(nn.Module):
         middle = ((low + high) / 2)[:, None]
         grid = middle + (high - low)[:, None] * self.grid
         points = torch.cat([*landmarks, grid], dim=1)
-        sampled = PointSampler(features, self.strides)(image, points)
+        sampled = features(image, points)
         # What is far from the object, as in a decoy, must not outweigh all else.
         place = ((points - middle) / size).clamp(-_FARTHEST, _FARTHEST).to(sampled)
         identity = [branch.identity for branch in self.branches.values()]
@@ -181,9 +180,7 @@ class PolishStep(nn.Module):
         searches, suggested = [None] * len(own), [None] * len(own)
         for i, (name, branch) in enumerate(self.branches.items()):
             if branch.search is not None:
-                searches[i] = branch.search(
-                    heatmaps[name], self.strides[0], image, landmarks[i], size
-                )
+                searches[i] = branch.search(heatmaps[name], self.stride, image, landmarks[i], size)
                 guidance, suggested[i] = branch.guide(searches[i])
                 own[i] = own[i] + guidance
         tokens = self.norm(self.layers(torch.cat([*own, of_grid], dim=1)))
@@ -210,6 +207,7 @@ class Polish(nn.Module):
     def __init__(
         self,
         in_features: Sequence[str],
+        strides: Sequence[int],
         steps: Sequence[PolishStep],
         convs: nn.Module | None = None,
         outlines: Mapping[str, OutlineMaps] | None = None,
@@ -219,11 +217,12 @@ class Polish(nn.Module):
         """
         Args:
             in_features: names of the feature maps that are looked at, finest first.
+            strides: of these.
             convs: what the finest goes through before, if anything.
             steps, outlines, heatmaps, towers: see the class; each of the heat maps has a tower.
         """
         super().__init__()
-        self.in_features = list(in_features)
+        self.in_features, self.strides = list(in_features), list(strides)
         self.steps = nn.ModuleList(steps)
         self.convs = nn.Sequential() if convs is None else convs
         self.outlines = nn.ModuleDict(outlines or {})
@@ -256,9 +255,10 @@ class Polish(nn.Module):
         heatmaps = {
             name: maps(self.towers[name](features[0])) for name, maps in self.heatmaps.items()
         }
+        sampler = PointSampler(features, self.strides)
         results = []
         for step in [*self.steps, *repeats * [self.steps[-1]]]:
-            results.append(step(features, image, landmarks, heatmaps))
+            results.append(step(sampler, image, landmarks, heatmaps))
             landmarks = [polished.landmarks.detach() for polished in results[-1]]
         return results
 
@@ -303,14 +303,19 @@ def build_polish(
             f"MODEL.LSNET.QUALITY_SHARE_TEST is {node.QUALITY_SHARE_TEST}; it must be from 0 to 1"
         )
     finest = shapes[names[0]]
+    if len({shapes[name].channels for name in names}) > 1:
+        raise ValueError(
+            f"MODEL.LSNET.POLISH_IN_FEATURES is {names}; all must have as many channels as "
+            f"{names[0]}, {finest.channels}"
+        )
     outlined = [b for b in branches if b.outlined and node.OUTLINE_MAPS]
     searchable = [b for b in branches if b.searchable and node.KEYPOINT_SEARCH]
     steps = [
         PolishStep(
             {branch.name: branch.num_landmarks for branch in branches},
             sum(shapes[name].channels for name in names),
-            [shapes[name].stride for name in names],
             node.NUM_CLASSES,
+            stride=finest.stride,
             grid=node.POLISH_GRID,
             reach={branch.name: _REACH / 2**number for branch in searchable},
         )
@@ -328,4 +333,5 @@ def build_polish(
     }
     heatmaps = {b.name: same_conv(finest.channels, b.num_landmarks, 1) for b in searchable}
     towers = {b.name: _convs(finest.channels, node.KEYPOINT_SEARCH_CONVS) for b in searchable}
-    return Polish(names, steps, convs, outlines, heatmaps, towers)
+    strides = [shapes[name].stride for name in names]
+    return Polish(names, strides, steps, convs, outlines, heatmaps, towers)

@@ -19,14 +19,39 @@ def test_features_are_interpolated_in_pixels_of_the_image(x, y, stride):
     assert sampled[1].abs().max() == 0
 
 
-def test_maps_of_several_strides():
+STRIDES = [4, 8, 16]
+
+
+def case():
+    """Maps of two images, and places of which some lie outside."""
     torch.manual_seed(0)
-    maps, strides = [torch.randn(2, 3, 8 // n, 12 // n) for n in (1, 2, 4)], [4, 8, 16]
-    image = torch.tensor([1, 0, 1])
-    points = torch.rand(3, 5, 2) * torch.tensor([60.0, 44.0]) - 8  # some lie outside
-    together = PointSampler(maps, strides)(image, points)
+    maps = [torch.randn(2, 3, 8 // n, 12 // n, dtype=torch.double) for n in (1, 2, 4)]
+    points = torch.rand(3, 5, 2, dtype=torch.double) * torch.tensor([60.0, 44.0]) - 8
+    return maps, torch.tensor([1, 0, 1]), points
+
+
+def test_maps_of_several_strides():
+    maps, image, points = case()
+    together = PointSampler(maps, STRIDES)(image, points)
     alone = [
         PointSampler([one], [stride])(image, points)
-        for one, stride in zip(maps, strides, strict=True)
+        for one, stride in zip(maps, STRIDES, strict=True)
     ]
     torch.testing.assert_close(together, torch.cat(alone, dim=2))
+
+
+def test_gradients_of_maps_and_places():
+    maps, image, points = case()
+    leaves = [x.requires_grad_() for x in (points, *maps)]
+    assert torch.autograd.gradcheck(
+        lambda points, *maps: PointSampler(list(maps), STRIDES)(image, points), leaves
+    )
+
+
+def test_what_is_made_for_inference_serves_training():
+    maps, image, points = case()
+    with torch.inference_mode():
+        PointSampler(maps, STRIDES)(image, points)
+    points.requires_grad_()
+    PointSampler(maps, STRIDES)(image, points).sum().backward()
+    assert points.grad.abs().sum() > 0

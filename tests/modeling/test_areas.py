@@ -9,8 +9,8 @@ from tiny_model import tiny_model
 from lsnet_d2.modeling import areas
 from lsnet_d2.modeling.areas import (
     Lattice,
+    SoftArea,
     area_iou,
-    area_loss,
     cells_inside,
     distance_to_outline,
     to_segment,
@@ -20,6 +20,10 @@ from lsnet_d2.modeling.landmarks import LandmarkTargets, span_boxes
 
 SIZE = 13, 17
 SEEDS = st.integers(0, 10_000)
+
+
+def area_loss(polygons, true):
+    return SoftArea(true).loss(polygons)
 
 
 def random_polygons(seed, objects=4, vertices=9, size=SIZE):
@@ -109,7 +113,7 @@ def test_distance_is_that_to_the_nearest_edge(seed):
 def test_few_at_once_find_the_same(monkeypatch):
     polygons, places = random_polygons(0, objects=7), random_polygons(1, objects=7, vertices=30)
     together = distance_to_outline(polygons, places)
-    monkeypatch.setattr(areas, "_AT_ONCE", 2 * 9 * 30)
+    monkeypatch.setattr(areas, "_AT_ONCE_ON_CPU", 2 * 9 * 30)
     assert torch.equal(distance_to_outline(polygons, places), together)
 
 

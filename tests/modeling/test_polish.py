@@ -1,9 +1,11 @@
 import pytest
 import torch
+from detectron2.layers import ShapeSpec
 from detectron2.utils.events import EventStorage
-from tiny_model import make_input, tiny_model
+from tiny_model import make_input, tiny_cfg, tiny_model
 
-from lsnet_d2.modeling.polish import Polish, Polished, PolishStep
+from lsnet_d2.layers import PointSampler
+from lsnet_d2.modeling.polish import Polish, Polished, PolishStep, build_polish
 
 BOXES = [[10, 12, 60, 70], [70, 20, 120, 90], [30, 40, 44, 60]]
 BRANCHES = ["extreme", "contour", "keypoint"]
@@ -27,14 +29,18 @@ def losses_of(model, inputs):
         return model(inputs)
 
 
-def one_step(num_landmarks=5, stride=4, **keys):
-    return PolishStep({"bbox": num_landmarks}, 8, [stride], 3, **keys)
+def one_step(num_landmarks=5, **keys):
+    return PolishStep({"bbox": num_landmarks}, 8, 3, **keys)
+
+
+def reading(feature, stride=4):
+    return PointSampler([feature], [stride])
 
 
 def test_nothing_moves_at_first():
     polish = one_step()
     landmarks = torch.rand(3, 5, 2) * 30
-    features, image = [torch.randn(2, 8, 10, 10)], torch.tensor([0, 1, 1])
+    features, image = reading(torch.randn(2, 8, 10, 10)), torch.tensor([0, 1, 1])
     ((moved, quality, _),) = polish(features, image, [landmarks])
     torch.testing.assert_close(moved, landmarks)
     assert quality.shape == (3, 3)
@@ -46,7 +52,7 @@ def test_moves_are_relative_to_the_size_of_the_object():
     torch.manual_seed(0)
     polish = one_step().eval()
     torch.nn.init.normal_(polish.branches["bbox"].out.weight)
-    features, image = [torch.ones(1, 8, 100, 100)], torch.tensor([0, 0])
+    features, image = reading(torch.ones(1, 8, 100, 100)), torch.tensor([0, 0])
     landmarks = torch.rand(1, 5, 2) * 30 + 60
     both = torch.cat([landmarks, landmarks * 3])
     small, large = polish(features, image, [both])[0].landmarks - both
@@ -55,11 +61,11 @@ def test_moves_are_relative_to_the_size_of_the_object():
 
 
 def test_the_first_branch_says_how_large_the_object_is():
-    polish = PolishStep({"bbox": 4, "pose": 3}, 8, [4], 3).eval()
+    polish = PolishStep({"bbox": 4, "pose": 3}, 8, 3).eval()
     torch.nn.init.constant_(polish.branches["pose"].out.bias, 1.0)
     corners = torch.tensor([[0.0, 0.0], [30.0, 0.0], [30.0, 40.0], [0.0, 40.0]])
     boxes, poses = torch.stack([corners, 2 * corners]), torch.full((2, 3, 2), 20.0)
-    _, pose = polish([torch.ones(1, 8, 20, 20)], torch.tensor([0, 0]), [boxes, poses])
+    _, pose = polish(reading(torch.ones(1, 8, 20, 20)), torch.tensor([0, 0]), [boxes, poses])
     # a tenth of the diagonals, 50 and 100 pixels
     expected = torch.tensor([5.0, 10.0])[:, None, None].expand(2, 3, 2)
     torch.testing.assert_close(pose.landmarks - poses, expected)
@@ -67,20 +73,21 @@ def test_the_first_branch_says_how_large_the_object_is():
 
 def test_branches_tell_each_other_what_they_see():
     torch.manual_seed(0)
-    polish = PolishStep({"bbox": 4, "pose": 3}, 8, [1], 3).eval()
+    polish = PolishStep({"bbox": 4, "pose": 3}, 8, 3).eval()
     torch.nn.init.normal_(polish.branches["bbox"].out.weight)
     boxes, poses = torch.rand(1, 4, 2) * 10, torch.full((1, 3, 2), 30.0)
     plain, under_pose = torch.zeros(1, 8, 40, 40), torch.zeros(1, 8, 40, 40)
     under_pose[..., 30, 30] = 1.0
     before, after = (
-        polish([feature], torch.tensor([0]), [boxes, poses])[0] for feature in (plain, under_pose)
+        polish(reading(feature, 1), torch.tensor([0]), [boxes, poses])[0]
+        for feature in (plain, under_pose)
     )
     assert (before.landmarks - after.landmarks).abs().max() > 1e-3
     assert (before.quality - after.quality).abs().max() > 1e-3
 
 
 def test_each_step_starts_from_the_one_before():
-    polish = Polish(["p2"], [one_step() for _ in range(3)]).eval()
+    polish = Polish(["p2"], [4], [one_step() for _ in range(3)]).eval()
     features, image = [torch.ones(1, 8, 100, 100)], torch.tensor([0])
     landmarks = torch.rand(1, 5, 2) * 30 + 60
     for step in polish.steps:
@@ -121,14 +128,15 @@ def test_the_last_step_may_be_made_again():
 @pytest.mark.parametrize("grid, seen", [(0, False), (2, True)])
 def test_the_grid_sees_the_inside_of_the_object(grid, seen):
     torch.manual_seed(0)
-    polish = one_step(4, stride=1, grid=grid).eval()
+    polish = one_step(4, grid=grid).eval()
     torch.nn.init.normal_(polish.branches["bbox"].out.weight)
     landmarks = torch.tensor([[[10.0, 20.0], [30.0, 20.0], [30.0, 50.0], [10.0, 50.0]]])
     plain, inside = torch.zeros(1, 8, 60, 60), torch.zeros(1, 8, 60, 60)
     # x, y of a quarter of the box's sides from its corners
     inside[0, :, [27, 27, 42, 42], [15, 25, 15, 25]] = 1.0
     before, after = (
-        polish([feature], torch.tensor([0]), [landmarks])[0] for feature in (plain, inside)
+        polish(reading(feature, 1), torch.tensor([0]), [landmarks])[0]
+        for feature in (plain, inside)
     )
     assert before.landmarks.shape == (1, 4, 2)
     for one, other in zip(before[:2], after[:2], strict=True):
@@ -241,6 +249,12 @@ def test_detections_are_moved_and_their_boxes_follow():
     boxes = moved.pred_boxes.tensor[inside]
     torch.testing.assert_close(boxes[:, 0], moved.pred_extreme_points[inside][:, 1, 0])
     torch.testing.assert_close(moved.pred_contours, plain.pred_contours)
+
+
+def test_maps_have_as_many_channels():
+    shapes = {"p3": ShapeSpec(channels=64, stride=8), "p4": ShapeSpec(channels=32, stride=16)}
+    with pytest.raises(ValueError, match=r"POLISH_IN_FEATURES is \['p3', 'p4'\].* as p3, 64"):
+        build_polish(tiny_cfg(POLISH_IN_FEATURES=["p3", "p4"]), shapes, [])
 
 
 def test_unknown_features_are_named():

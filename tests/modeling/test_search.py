@@ -148,13 +148,13 @@ def test_search_scales_with_the_object(seed, scale):
 
 @pytest.mark.parametrize("trust, share", [(30.0, 1), (-30.0, 0)])
 def test_the_third_stage_goes_where_a_landmark_was_found(trust, share):
-    polish = PolishStep({"pose": 2}, 64, [STRIDE], 1, reach={"pose": 0.3})
+    polish = PolishStep({"pose": 2}, 64, 1, stride=STRIDE, reach={"pose": 0.3})
     trusting = polish.branches["pose"].trust
     torch.nn.init.zeros_(trusting.weight)
     torch.nn.init.constant_(trusting.bias, trust)
     maps = torch.stack([peak(48, 24), peak(40, 16)])[None]
     landmarks = torch.tensor([[[44.0, 24.0], [36.0, 12.0]]])
-    features = [torch.zeros(1, 64, 12, 20)]
+    features = PointSampler([torch.zeros(1, 64, 12, 20)], [STRIDE])
     (moved,) = polish(features, torch.tensor([0]), [landmarks], {"pose": maps})
     expected = landmarks + share * moved.search.expectation()[0] * math.hypot(8, 12)
     torch.testing.assert_close(moved.landmarks, expected)
