@@ -70,8 +70,8 @@ def add_lsnet_config(cfg: CN) -> None:
     # Where there are contours, let maps teach the first of these features, after two convolutions:
     # of each cell the classes that cover it, and where the nearest outline is.
     cfg.MODEL.LSNET.OUTLINE_MAPS = True
-    # Give each kind of keypoint a map, on which the third stage seeks it around the place where it
-    # was taken to be.
+    # Give each kind of keypoint a map, on which the third stage, if there is one, seeks it around
+    # the place where it was taken to be.
     cfg.MODEL.LSNET.KEYPOINT_SEARCH = False
     # Convolutions that these maps alone go through, behind the two of the features that the third
     # stage looks at.
@@ -104,15 +104,15 @@ def add_lsnet_config(cfg: CN) -> None:
     # paper's for the task; 1 and 2 for every branch of a joint model.
     cfg.MODEL.LSNET.INIT_LOSS_WEIGHTS = []
     cfg.MODEL.LSNET.REFINE_LOSS_WEIGHTS = []
-    # Those of the third stage, of its landmarks and of the quality that it predicts for them.
+    # Weights of the third stage's losses: of its landmarks, and of the quality that it predicts.
     cfg.MODEL.LSNET.POLISH_LOSS_WEIGHT = 0.5
     cfg.MODEL.LSNET.QUALITY_LOSS_WEIGHT = 0.25
-    # What 1 minus the IOU of a contour's area weighs in the third stage, beside the displacements
-    # of its vertices. POLISH_LOSS_WEIGHT applies to both.
+    # What 1 minus the IOU of a contour's area weighs in the third stage (elsewhere nothing), beside
+    # the displacements of its vertices. POLISH_LOSS_WEIGHT applies to both.
     cfg.MODEL.LSNET.CONTOUR_AREA_LOSS_WEIGHT = 0.0
-    # That of the search for keypoints.
+    # Weight of the loss of the search for keypoints.
     cfg.MODEL.LSNET.KEYPOINT_SEARCH_LOSS_WEIGHT = 0.25
-    # Those of the maps of outlines, of what covers a cell and of where an outline is.
+    # Weights of the losses of maps of outlines: of what covers a cell, of where an outline is.
     cfg.MODEL.LSNET.OUTLINE_MAPS_LOSS_WEIGHTS = [4.0, 0.5]
     # Weights of the losses of corner verification: heat maps, offsets, semantic map.
     cfg.MODEL.LSNET.CPV_LOSS_WEIGHTS = [0.25, 1.0, 0.1]

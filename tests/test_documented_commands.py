@@ -21,6 +21,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     *sorted(ROOT.glob("docs/*.md")),
+    *sorted(ROOT.glob("configs/*/README.md")),
     *sorted(ROOT.glob("projects/*/README.md")),
 ]
 
