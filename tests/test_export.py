@@ -127,7 +127,7 @@ def test_program_finds_what_the_model_finds(name):
 
 
 CONFIGS = {
-    "configs/quick/shapes_joint.yaml": [(160, 160), (160, 213), (240, 160)],
+    "configs/plus/shapes_joint.yaml": [(160, 160), (160, 213), (240, 160)],
     "configs/bbox/lsnet_R_50_FPN_1x.yaml": [(480, 480), (320, 481), (400, 266)],
     "configs/joint/lsnet_R_50_FPN_1x.yaml": [(480, 480), (320, 481), (400, 266)],
 }
