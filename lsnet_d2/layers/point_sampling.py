@@ -1,15 +1,11 @@
 """Features at single places of images."""
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
 from .bilinear import bilinear_corners
-from .pyramid_sampling import flatten_levels
+from .pyramid_sampling import flatten_levels, kept_by_size
 from .row_sum import RowIndex, weighted_row_sum
-
-Sizes = tuple[tuple[int, int], ...]
 
 
 class PointSampler:
@@ -25,9 +21,7 @@ class PointSampler:
         sizes = [tuple(feature.shape[-2:]) for feature in features]
         self._table = flatten_levels(features).flatten(0, 1)
         self._cells_per_image = sum(height * width for height, width in sizes)
-        # When a model is exported, sizes are symbols, which cannot be keys.
-        levels_of = _levels if torch.compiler.is_exporting() else _cached_levels
-        self._levels = levels_of(tuple(sizes), tuple(strides), self._table.device)
+        self._levels = _levels(tuple(sizes), tuple(strides), self._table.device)
 
     def __call__(self, image: Tensor, points: Tensor) -> Tensor:
         """
@@ -53,8 +47,9 @@ class PointSampler:
         return sampled.view(*points.shape[:2], len(stride) * self._table.shape[1])
 
 
+@kept_by_size
 def _levels(
-    sizes: Sizes, strides: tuple[int, ...], device: torch.device
+    sizes: tuple[tuple[int, int], ...], strides: tuple[int, ...], device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Stride, height, width and place in the list of all cells of an image, of each map (L,)."""
     height, width = torch.tensor(sizes).unbind(1)
@@ -64,7 +59,3 @@ def _levels(
         torch.tensor(strides, device=device),
         *(x.to(device, torch.int32) for x in (height, width, first_cell)),
     )
-
-
-# Made at test time, it may be used in training.
-_cached_levels = lru_cache(maxsize=128)(torch.inference_mode(False)(_levels))

@@ -7,8 +7,10 @@ Shapes: B images, L levels, A anchor points of all levels together, level by lev
 K sampling points, C channels.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,8 @@ from .deform_conv import project_taps, tap_offsets
 from .row_sum import RowIndex, weighted_sum_of_made_rows
 
 SOURCES_PER_LEVEL = 3
+
+T = TypeVar("T")
 
 
 def source_levels(level: int, num_levels: int) -> tuple[int, int, int]:
@@ -49,6 +53,19 @@ def expand_levels(values: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
     return torch.cat([value.expand(h * w, *value.shape) for value, (h, w) in levels])
 
 
+def kept_by_size(make: Callable[..., T]) -> Callable[..., T]:
+    """Keep what follows from the sizes of maps alone. All arguments must be hashable."""
+    # Made at test time, it may be used in training.
+    kept = lru_cache(maxsize=128)(torch.inference_mode(False)(make))
+
+    @wraps(make)
+    def find(*args):
+        # When a model is exported, sizes are symbols, which cannot be keys.
+        return (make if torch.compiler.is_exporting() else kept)(*args)
+
+    return find
+
+
 @dataclass(frozen=True)
 class _Layout:
     """For each anchor point (A,) and each of its three sources (A, 3): the fixed part of sampling.
@@ -65,6 +82,7 @@ class _Layout:
     first_pixel: Tensor
 
 
+@kept_by_size
 def _layout(
     sizes: tuple[tuple[int, int], ...], accumulate_scales: bool, device: torch.device
 ) -> _Layout:
@@ -85,10 +103,6 @@ def _layout(
         offset_scale=expand_levels(offset_scale, sizes).to(device),
         first_pixel=expand_levels(first_pixel[sources], sizes).to(device, torch.int32),
     )
-
-
-# Made at test time, it may be used in training.
-_cached_layout = lru_cache(maxsize=32)(torch.inference_mode(False)(_layout))
 
 
 class PyramidGrid:
@@ -113,9 +127,7 @@ class PyramidGrid:
         if num_points != sum(h * w for h, w in sizes):
             raise ValueError(f"{num_points} sampling points do not fill levels of sizes {sizes}")
         self.sizes = list(sizes)
-        # When a model is exported, sizes are symbols, which cannot be keys.
-        layout_of = _layout if torch.compiler.is_exporting() else _cached_layout
-        layout = layout_of(tuple(sizes), reference_offsets, points.device)
+        layout = _layout(tuple(sizes), reference_offsets, points.device)
 
         # Places in half precision would be off by cells.
         points = points.to(torch.promote_types(points.dtype, torch.float32))
