@@ -112,7 +112,7 @@ def test_size_ranges_belong_to_the_sizes():
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("MODEL.LSNET.IN_FEATURES", "['p3', 'p4', 'p9']", "^MODEL.LSNET.IN_FEATURES names 'p9'"),
+        ("MODEL.LSNET.IN_FEATURES", "['p3', 'p4', 'p9']", r"IN_FEATURES names \['p9'\]"),
         ("MODEL.FPN.OUT_CHANNELS", "48", "MODEL.FPN.OUT_CHANNELS.*got 48"),
         ("MODEL.BACKBONE.FREEZE_AT", "99", "MODEL.BACKBONE.FREEZE_AT is 99"),
         ("MODEL.EFFICIENTNET.NORM", "GN", "MODEL.EFFICIENTNET.NORM is 'GN'"),
