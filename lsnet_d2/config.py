@@ -181,8 +181,8 @@ def add_lsnet_config(cfg: CN) -> None:
     cfg.INPUT.CONTOUR_SAMPLING = "adaptive"
 
     # Batch for which the learning rate and the iterations are written. tools/train_net.py scales
-    # them for another IMS_PER_BATCH, but for keys given on the command line. A config file with a
-    # batch and a schedule of its own sets it to that batch, or to 0: no scaling.
+    # them for another IMS_PER_BATCH (lsnet_d2/solver.py), but for keys given on the command line. A
+    # config file with a batch and a schedule of its own sets it to that batch, or to 0: no scaling.
     cfg.SOLVER.REFERENCE_IMS_PER_BATCH = 0
     # Parts in which a batch is computed, one after the other, to save memory. The losses of each
     # part are divided by its own number of positives.

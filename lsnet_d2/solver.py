@@ -25,10 +25,12 @@ _ITERATIONS = (
 def scale_schedule(cfg: CfgNode, given: Collection[str] = ()) -> None:
     """Fit the schedule to the size of the batch, in place, and log what changes.
 
-    Where ``SOLVER.IMS_PER_BATCH`` is not ``SOLVER.REFERENCE_IMS_PER_BATCH``, the learning rate is
-    multiplied by their ratio and all iterations are divided by it, so that as many images are seen:
-    the linear rule of "Accurate, Large Minibatch SGD" (arXiv 1706.02677), as in Detectron2's
-    ``auto_scale_workers``. The reference then is the batch, so nothing is scaled twice.
+    Where ``SOLVER.IMS_PER_BATCH`` is not ``SOLVER.REFERENCE_IMS_PER_BATCH``, all iterations are
+    divided by their ratio, so that as many images are seen. The learning rate of SGD is multiplied
+    by the ratio, the linear rule of "Accurate, Large Minibatch SGD" (arXiv 1706.02677), as in
+    Detectron2's ``auto_scale_workers``; that of AdamW by the root of it, as in "On the SDEs and
+    Scaling Rules for Adaptive Gradient Algorithms" (arXiv 2205.10287), whose momenta stay here. The
+    reference then is the batch, so nothing is scaled twice.
 
     Args:
         cfg: a config that is not frozen. A reference of 0 leaves it as it is.
@@ -40,7 +42,8 @@ def scale_schedule(cfg: CfgNode, given: Collection[str] = ()) -> None:
         return
     changes = {}
     if "SOLVER.BASE_LR" not in given:
-        changes["SOLVER.BASE_LR"] = solver.BASE_LR, solver.BASE_LR * batch / reference
+        power = 0.5 if solver.OPTIMIZER == "AdamW" else 1.0
+        changes["SOLVER.BASE_LR"] = solver.BASE_LR, solver.BASE_LR * (batch / reference) ** power
     for key in _ITERATIONS:
         node, name = key.split(".")
         if key not in given and (old := cfg[node][name]):

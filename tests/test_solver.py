@@ -168,6 +168,11 @@ class TestScaleSchedule:
             scale_schedule(cfg)  # as when the config that was written down is used again
         assert cfg == before and not caplog.text
 
+    def test_the_rate_of_adamw_grows_with_the_root(self):
+        cfg = self.cfg(OPTIMIZER="AdamW")
+        scale_schedule(cfg)
+        assert (cfg.SOLVER.BASE_LR, cfg.SOLVER.MAX_ITER) == (0.005, 351840)
+
     def test_what_is_given_stays(self):
         cfg = self.cfg()
         scale_schedule(cfg, given=["SOLVER.IMS_PER_BATCH", "SOLVER.MAX_ITER", "SOLVER.BASE_LR"])

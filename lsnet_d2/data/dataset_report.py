@@ -272,9 +272,15 @@ class _Checker:
         return result if usable else None
 
     def _check_named(self, annotations: list[dict]) -> None:
-        """Keypoints of a class without names would be left out of training without a word."""
+        """Keypoints of a class without names would be left out of training without a word.
+
+        All-zero ones do not count: where some classes have keypoints, pycocotools wants the key in
+        every annotation.
+        """
         counts = Counter(
-            a["category_id"] for a in annotations if a.get("keypoints") and _is_id(a["category_id"])
+            a["category_id"]
+            for a in annotations
+            if any((a.get("keypoints") or [])[2::3]) and _is_id(a["category_id"])
         )
         for identity, category in self.categories.items():
             if counts[identity] and not category.get("keypoints"):

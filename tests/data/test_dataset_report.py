@@ -281,3 +281,6 @@ def test_keypoints_without_names(data, tmp_path):
         "category 3 (fig): 1 of its annotations have keypoints, but it has no list 'keypoints' of "
         "their names"
     )
+    for annotation in data["annotations"]:
+        annotation.update(keypoints=[0] * 6, num_keypoints=0)
+    assert not check(data, tmp_path).problems
