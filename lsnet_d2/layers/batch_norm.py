@@ -19,6 +19,12 @@ class FixedBatchNorm2d(nn.BatchNorm2d):
     def __init__(self, num_features: int, eps: float = 1e-5) -> None:
         super().__init__(num_features, eps, momentum=0.0)
         self.num_batches_tracked = None  # counts what does not happen here
+        self.eval()
+
+    def train(self, mode: bool = True) -> "FixedBatchNorm2d":
+        """Leaves it in evaluation: one in training would have its statistics replaced by
+        Detectron2's ``TEST.PRECISE_BN``."""
+        return super().train(False)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.batch_norm(

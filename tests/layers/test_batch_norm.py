@@ -1,6 +1,7 @@
 import pytest
 import torch
 from detectron2.solver.build import get_default_optimizer_params
+from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
 from lsnet_d2.layers import FixedBatchNorm2d, ModulatedDeformConv, conv_norm
@@ -103,3 +104,9 @@ def test_folding_keeps_no_feature_map_but_the_input():
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x), lambda x: x):
         conv_norm(torch.randn(2, 3, 9, 9), conv, norm)
     assert [x.shape for x in kept if x.shape[-2:] == (9, 9)] == [(2, 3, 9, 9)]
+
+
+def test_statistics_are_not_taken_for_ones_to_estimate():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), FixedBatchNorm2d(4), nn.BatchNorm2d(4)).train()
+    assert get_bn_modules(model) == [model[2]]
+    assert get_bn_modules(FixedBatchNorm2d.convert(model)) == []
