@@ -153,6 +153,7 @@ class LSNetWithTTA(nn.Module):
         flip_indices: Sequence[Sequence[int]],
         method: str = "vote",
         vote_iou: float = 0.66,
+        outlines_vote: bool = True,
         max_detections_per_image: int = 100,
         batch_size: int = 2,
     ) -> None:
@@ -163,6 +164,8 @@ class LSNetWithTTA(nn.Module):
             flip_indices: of each branch; see :meth:`LandmarkBranch.flip_indices`.
             method: "vote" (see :func:`vote`), or "nms", which keeps the best of what overlaps.
             vote_iou: of a box with the best one, from which on they vote together.
+            outlines_vote: whether vertices of outlines vote too. They must not where mirroring an
+                image changes their order in more than :meth:`LandmarkBranch.flip_indices` undoes.
             max_detections_per_image: after merging. Before, the model has its own.
             batch_size: augmented images, all of one size, that are run at once.
 
@@ -180,6 +183,7 @@ class LSNetWithTTA(nn.Module):
         self.flip_indices = [list(indices) for indices in flip_indices]
         self.method = method
         self.vote_iou = vote_iou
+        self.outlines_vote = outlines_vote
         self.max_detections_per_image = max_detections_per_image
         self.batch_size = batch_size
         self.train(model.training)
@@ -199,6 +203,9 @@ class LSNetWithTTA(nn.Module):
             ],
             "method": cfg.TEST.AUG.METHOD,
             "vote_iou": cfg.TEST.AUG.VOTE_IOU,
+            # Where there are holes, vertices along all outlines of an object have another order in
+            # the mirrored image; those of the released code run along one outline.
+            "outlines_vote": not cfg.TEST.AUG.FLIP or cfg.INPUT.CONTOUR_SAMPLING == "reference",
             "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
             "batch_size": batch_size,
         }
@@ -246,8 +253,13 @@ class LSNetWithTTA(nn.Module):
         )
         own_scores = None  # what is averaged has one score
         if self.method == "vote":
+            voting = [self.outlines_vote or not branch.outlined for branch in branches]
+            voting = torch.tensor(voting).repeat_interleave(torch.tensor(counts))
             detections = vote(
-                *detections, iou_thresh=self.vote_iou, score_thresh=self.model.test_score_thresh
+                *detections,
+                iou_thresh=self.vote_iou,
+                score_thresh=self.model.test_score_thresh,
+                voting=voting,
             )
         else:
             boxes, _, scores, classes = detections
@@ -314,6 +326,7 @@ def vote(
     *,
     iou_thresh: float,
     score_thresh: float,
+    voting: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Mean boxes and landmarks of the detections that overlap.
 
@@ -328,6 +341,8 @@ def vote(
         scores: (N,), positive.
         classes: (N,).
         iou_thresh: boxes with this IOU overlap.
+        voting: (V,) bool, landmarks of which there is a mean. Of others those of the best detection
+            stay. None: all.
 
     Returns:
         The same four of the merged detections, at most N, best first.
@@ -347,6 +362,8 @@ def vote(
     sums = weights.new_zeros(len(leaders), *places.shape[1:]).index_add_(0, group, weights * places)
     totals = weights.new_zeros(len(leaders), 1, 1).index_add_(0, group, weights)
     means = (sums / totals).to(places)
+    if voting is not None:
+        means[:, 2:] = torch.where(voting[:, None], means[:, 2:], landmarks[leaders])
 
     members = torch.arange(len(boxes), device=boxes.device)
     lowered = scores * (1 - overlaps[leader, members])

@@ -81,6 +81,21 @@ class TestVote:
         assert landmarks[0, 0].tolist() == pytest.approx([0.3 * 2 / 0.9, (0.6 + 0.3 * 3) / 0.9])
         assert landmarks[1:, 0].tolist() == [[4, 5], [6, 7], [2, 3]]
 
+    def test_landmarks_without_a_vote_are_those_of_the_best(self):
+        boxes = torch.tensor([[0.0, 0, 10, 8], [0, 0, 10, 10], [50, 50, 60, 60]])
+        landmarks = torch.arange(12.0).view(3, 2, 2)
+        scores, classes = torch.tensor([0.3, 0.6, 0.2]), torch.zeros(3, dtype=torch.long)
+        _, found, *_ = vote(
+            *(boxes, landmarks, scores, classes),
+            iou_thresh=0.66,
+            score_thresh=0.05,
+            voting=torch.tensor([True, False]),
+        )
+        mean = [(0.6 * 4 + 0.3 * 0) / 0.9, (0.6 * 5 + 0.3 * 1) / 0.9]
+        assert found[0, 0].tolist() == pytest.approx(mean)
+        assert found[:, 1].tolist() == [[6, 7], [10, 11], [2, 3]]
+        assert found[1:, 0].tolist() == [[8, 9], [0, 1]]
+
     def test_does_not_depend_on_the_order(self):
         _, detections = recorded_vote("v1")
         detections["classes"] = torch.arange(120) % 3
