@@ -23,6 +23,7 @@ from .description import described_config
 from .errors import ConfigError, did_you_mean
 from .modeling import LSNetDatasetMapperTTA, build_branches
 from .modeling.test_time_augmentation import check_merging
+from .tasks import branch_weights
 
 logger = logging.getLogger(__name__)
 
@@ -358,3 +359,10 @@ def classes_key(cfg: CfgNode) -> str:
 def num_classes(cfg: CfgNode) -> int:
     """The number of classes of the config's detector."""
     return _value(cfg, classes_key(cfg))
+
+
+def num_keypoints(cfg: CfgNode) -> int | None:
+    """The number of keypoints of the config's detector; None if it has none."""
+    if cfg.MODEL.META_ARCHITECTURE == "LSNet":
+        return cfg.MODEL.LSNET.NUM_KEYPOINTS if "keypoint" in branch_weights(cfg) else None
+    return cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if cfg.MODEL.KEYPOINT_ON else None

@@ -13,7 +13,7 @@ from detectron2.data.build import filter_images_with_only_crowd_annotations
 from detectron2.utils import comm
 from torch.utils.data import DataLoader
 
-from .config_file import classes_key, num_classes
+from .config_file import classes_key, num_classes, num_keypoints
 from .data.annotation_checks import check_dataset_dicts
 from .data.catalog import reporting_data_errors
 from .data.dataset_mapper import LSNetDatasetMapper
@@ -94,6 +94,7 @@ def _check_objects(cfg: CfgNode, dicts: list[dict], names: str | Sequence[str]) 
         num_classes_key=classes_key(cfg),
         on_invalid=cfg.DATASETS.INVALID_ANNOTATIONS,
         need_extreme_points=cfg.INPUT.EXTREME_POINTS == "annotation",
+        num_keypoints=num_keypoints(cfg),
     )
 
 

@@ -9,10 +9,11 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode
+from detectron2.utils.file_io import PathManager
 
 from ..errors import UserError
 from .extreme_points import as_extreme_points
-from .keypoints import MAX_COORDINATE
+from .keypoints import MAX_COORDINATE, check_triples
 from .polygons import check_form
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ def check_dataset_dicts(
     num_classes_key: str = "MODEL.LSNET.NUM_CLASSES",
     on_invalid: str = "error",
     need_extreme_points: bool = False,
+    num_keypoints: int | None = None,
 ) -> list[dict]:
     """Check images and annotations without opening an image: 100,000 images take seconds.
 
@@ -40,7 +42,7 @@ def check_dataset_dicts(
     range; a box that is not four finite numbers, is larger than any image, has no width or height,
     or lies outside its image (boxes that reach over the border are common, and are clipped later);
     malformed extreme points; a segmentation of no known form, or an RLE of another size than its
-    image.
+    image; keypoints that are not finite, or not as many as the model has.
 
     Args:
         dataset_dicts: in Detectron2's format; nothing is written into them.
@@ -51,6 +53,7 @@ def check_dataset_dicts(
             log the first few and their number. The COCO 2017 training set has a few without a
             height.
         need_extreme_points: objects with a segmentation must have the key "extreme_points" too.
+        num_keypoints: of the model; None: it has none, and those of annotations are not looked at.
 
     Returns:
         The input, or with "drop" a list in which images with invalid boxes are replaced by copies
@@ -90,11 +93,14 @@ def check_dataset_dicts(
             dataset_name=dataset_name,
             num_classes_key=num_classes_key,
             need_extreme_points=need_extreme_points,
+            num_keypoints=num_keypoints,
         )
     problems = dict(invalid_boxes)
     for index, annotation in enumerate(annotations):
         record = dataset_dicts[places[index][0]]
-        text = _annotation_problem(annotation, record, num_classes, need_extreme_points)
+        text = _annotation_problem(
+            annotation, record, num_classes, need_extreme_points, num_keypoints
+        )
         if text:
             problems.setdefault(index, text)
     if problems:
@@ -107,14 +113,6 @@ def check_dataset_dicts(
         )
     _log_box_only(where, annotations)
     return dataset_dicts
-
-
-def check_image_files(dataset_dicts: Sequence[dict], dataset_name: str) -> None:
-    """
-    Raises:
-        AnnotationError: image files are missing; names the first few and counts all.
-    """
-    raise_problems(name_datasets([dataset_name]), missing_images(dataset_dicts))
 
 
 def name_annotation(record: dict, index: int, ids: dict | None = None) -> str:
@@ -296,7 +294,11 @@ def _numbers(value: object, shape: tuple[int, ...]) -> np.ndarray | None:
 
 
 def _annotation_problem(
-    annotation: dict, record: dict, num_classes: int, need_extreme_points: bool
+    annotation: dict,
+    record: dict,
+    num_classes: int,
+    need_extreme_points: bool,
+    num_keypoints: int | None,
 ) -> str:
     category = annotation.get("category_id")
     if not isinstance(category, (int, np.integer)) or not 0 <= category < num_classes:
@@ -306,6 +308,15 @@ def _annotation_problem(
         check_form(annotation.get("segmentation"), size)
     except ValueError as error:
         return str(error)
+    keypoints = annotation.get("keypoints", ())
+    if num_keypoints is not None and len(keypoints):
+        keypoints = np.asarray(keypoints).reshape(-1).tolist()
+        try:
+            check_triples(keypoints)
+        except ValueError as error:
+            return str(error)
+        if len(keypoints) != 3 * num_keypoints:
+            return f"{len(keypoints)} numbers of keypoints, not {3 * num_keypoints}"
     if "extreme_points" in annotation:
         try:
             as_extreme_points(annotation["extreme_points"])
@@ -352,7 +363,7 @@ def _ids_in_files(names: Sequence[str]) -> dict:
     """Annotation ids by image id and box: Detectron2's loader does not keep them."""
     ids = {}
     for file in filter(None, map(_json_file, names)):
-        with open(file, encoding="utf-8") as stream:
+        with PathManager.open(file, encoding="utf-8") as stream:
             for annotation in json.load(stream).get("annotations", []):
                 key = annotation.get("image_id"), _box_key(annotation.get("bbox"))
                 ids[key] = annotation.get("id")

@@ -116,7 +116,8 @@ def _shown(value: object) -> str:
     return text if len(text) < 100 else f"{text[:100]}..."
 
 
-def _is_id(value: object) -> bool:
+def is_id(value: object) -> bool:
+    """Whether a value of a JSON file can be an id: text, or a finite number."""
     return isinstance(value, str) or (is_finite(value) and not isinstance(value, bool))
 
 
@@ -134,7 +135,7 @@ def _is_size(value: object) -> bool:
     return is_finite(value) and value >= 1
 
 
-_ID = (_is_id, "a number or text")
+_ID = (is_id, "a number or text")
 # Keys of the entries whose values are used before the checks of annotations.
 _KINDS = {
     "images": {

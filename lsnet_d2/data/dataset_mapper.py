@@ -305,9 +305,11 @@ class LSNetDatasetMapper(DatasetMapper):
             raise AnnotationError(
                 f"{seen.name}: {keypoints.size} numbers of keypoints, not {3 * count}"
             )
-        return utils.transform_keypoint_annotations(
-            keypoints, viewport.transforms, viewport.image_size, self.keypoint_hflip_indices
+        # Detectron2 exchanges left and right for horizontal flips alone: here it exchanges none.
+        keypoints = utils.transform_keypoint_annotations(
+            keypoints, viewport.transforms, viewport.image_size, np.arange(count)
         )
+        return keypoints[self.keypoint_hflip_indices] if viewport.mirrored else keypoints
 
 
 def _has_area(box: np.ndarray) -> bool:

@@ -14,7 +14,7 @@ from detectron2.structures import BoxMode
 from tqdm import tqdm
 
 from .annotation_checks import box_problems, name_annotation
-from .coco_json import entries_lacking_keys, unknown_category
+from .coco_json import entries_lacking_keys, is_id, unknown_category
 from .images import ImageError, read_image, read_image_size
 from .keypoints import is_finite, skeleton_metadata
 from .repairs import (
@@ -95,10 +95,6 @@ def report_dataset(
     return DatasetReport(problems=checker.problems, repaired=repaired)
 
 
-def _is_id(value: object) -> bool:
-    return isinstance(value, (int, str))
-
-
 def _filled(entries: list, **defaults: object) -> list:
     """Entries that have these keys, for checks that say more than that a key is missing."""
     return [{**defaults, **entry} if isinstance(entry, dict) else entry for entry in entries]
@@ -131,7 +127,7 @@ class _Checker:
         """Entries that have all keys, and an id that can be one."""
         lacking = entries_lacking_keys(key, entries)
         for index, entry in enumerate(entries):
-            if with_id and index not in lacking and not _is_id(entry["id"]):
+            if with_id and index not in lacking and not is_id(entry["id"]):
                 lacking[index] = f"entry number {index} of {key!r} has the id {entry['id']!r}"
         for _, text in sorted(lacking.items()):
             self._report(_FILE, text, repair)
@@ -171,7 +167,7 @@ class _Checker:
         entries = self._complete("images", _filled(entries, width=None, height=None), LEFT_OUT)
         entries = self._without_copies(entries, _name_image)
         objects = Counter(
-            a["image_id"] for a in annotations if isinstance(a, dict) and _is_id(a.get("image_id"))
+            a["image_id"] for a in annotations if isinstance(a, dict) and is_id(a.get("image_id"))
         )
         kept = []
         for image in tqdm(entries, disable=None, desc="images"):
@@ -210,7 +206,7 @@ class _Checker:
         found = []
         for annotation in entries:
             image = annotation["image_id"]
-            if not _is_id(image) or image not in listed:
+            if not is_id(image) or image not in listed:
                 text = f"image {image} is not in the list of images"
                 self._report(f"annotation {annotation['id']}", text, LEFT_OUT)
             elif image in self.images:
@@ -232,12 +228,12 @@ class _Checker:
         return name_annotation(record, 0)
 
     def _with_own_ids(self, annotations: list[dict]) -> list[dict]:
-        numbers = [a["id"] for a in annotations if isinstance(a["id"], int)]
+        numbers = [int(a["id"]) for a in annotations if is_finite(a["id"])]
         new_ids = itertools.count(max(numbers, default=0) + 1)
         first, kept = {}, []
         for annotation in annotations:
             identity = annotation["id"]
-            known = first.setdefault(identity, annotation) if _is_id(identity) else None
+            known = first.setdefault(identity, annotation) if is_id(identity) else None
             if known is annotation:
                 kept.append(annotation)
             elif known == annotation:
@@ -253,7 +249,7 @@ class _Checker:
         """The annotation as it can be used, or None."""
         name, image = self._name(annotation), self.images[annotation["image_id"]]
         result, category, found = dict(annotation), {}, []
-        if _is_id(annotation["category_id"]) and annotation["category_id"] in self.categories:
+        if is_id(annotation["category_id"]) and annotation["category_id"] in self.categories:
             category = self.categories[annotation["category_id"]]
         else:
             found.append((unknown_category(annotation), ""))
@@ -280,7 +276,7 @@ class _Checker:
         counts = Counter(
             a["category_id"]
             for a in annotations
-            if any((a.get("keypoints") or [])[2::3]) and _is_id(a["category_id"])
+            if any((a.get("keypoints") or [])[2::3]) and is_id(a["category_id"])
         )
         for identity, category in self.categories.items():
             if counts[identity] and not category.get("keypoints"):

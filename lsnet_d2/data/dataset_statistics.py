@@ -1,6 +1,6 @@
 """How many objects of which class and size a COCO file has, as text and as a picture."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -55,9 +55,12 @@ def class_statistics(data: dict[str, Any]) -> list[ClassStatistics]:
     Args:
         data: as :func:`lsnet_d2.data.coco_json.read_coco_json` returns it, with usable boxes.
     """
+    of_category = defaultdict(list)
+    for annotation in data["annotations"]:
+        of_category[annotation["category_id"]].append(annotation)
     statistics = []
     for category in sorted(data["categories"], key=lambda category: category["id"]):
-        found = [a for a in data["annotations"] if a["category_id"] == category["id"]]
+        found = of_category[category["id"]]
         objects = [a for a in found if not (a.get("iscrowd") or a.get("ignore"))]
         statistics.append(
             ClassStatistics(

@@ -20,6 +20,7 @@ class Viewport:
     Attributes:
         transforms: what was done to the image.
         axis_aligned: whether upright boxes stay upright boxes (no rotation but by right angles).
+        mirrored: whether left and right have changed places, as in a flip of either kind.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Viewport:
         self._directions = np.stack([(right - origin) / width, (down - origin) / height])
         off_axis = [np.abs(right - origin).min(), np.abs(down - origin).min()]
         self.axis_aligned = max(off_axis) <= _TOLERANCE
+        self.mirrored = bool(np.linalg.det(self._directions) < 0)
 
     def points(self, points: np.ndarray) -> np.ndarray:
         """Points (n, 2) in the augmented image's pixels, inside or not."""

@@ -229,6 +229,24 @@ def test_segmentations(dicts, segmentation, message):
         check(dicts)
 
 
+@pytest.mark.parametrize(
+    ("keypoints", "message"),
+    [
+        ([1, 2, 2, 3, 4, 2, 5, 6, 2], "9 numbers of keypoints, not 6"),
+        (np.array([[1, 2, 2], [np.nan, 4, 2]]), "its keypoints are not finite triples"),
+        ([1, 2, 2, 3], "its keypoints are not finite triples"),
+    ],
+)
+def test_keypoints(dicts, keypoints, message):
+    dicts[1]["annotations"][0]["keypoints"] = keypoints
+    with pytest.raises(AnnotationError, match=message) as error:
+        check(dicts, num_keypoints=2)
+    assert "2.jpg" in str(error.value)
+    check(dicts)  # of no concern to a model without
+    dicts[1]["annotations"][0]["keypoints"] = []
+    check(dicts, num_keypoints=2)
+
+
 def test_boxes_as_they_stand_in_files():
     boxes, problems = read_boxes([[1, 2, 3, 4], [5.5, 6, 7, 8]])
     assert boxes.tolist() == [[1, 2, 3, 4], [5.5, 6, 7, 8]] and problems == {}

@@ -295,6 +295,22 @@ def test_masks_and_keypoints(image):
     assert not instances.gt_keypoints.tensor[1:].any()
 
 
+@pytest.mark.parametrize(
+    ("flip", "places"),
+    [
+        (T.RandomFlip(prob=1.0, horizontal=True), [[59.5, 20.5], [69.5, 10.5]]),
+        (T.RandomFlip(prob=1.0, horizontal=False, vertical=True), [[40.5, 39.5], [30.5, 49.5]]),
+    ],
+)
+def test_left_and_right_change_places_in_flips_of_either_kind(image, flip, places):
+    pose = mapper(flip, use_keypoint=True, keypoint_hflip_indices=np.array([1, 0, 2]))
+    keypoints = [30.5, 10.5, 2, 40.5, 20.5, 1, 0.5, 0.5, 0]
+    instances = pose(record(image, annotation(keypoints=keypoints)))["instances"]
+    found = instances.gt_keypoints.tensor[0]
+    assert found[:2, :2].tolist() == places
+    assert found[:, 2].tolist() == [1, 2, 0]
+
+
 def test_keypoints_of_another_skeleton(image):
     pose = mapper(use_keypoint=True, keypoint_hflip_indices=np.array([0, 1, 2]))
     with pytest.raises(AnnotationError, match="annotation 7 of image .*image.png: 6 numbers"):

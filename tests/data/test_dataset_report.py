@@ -274,6 +274,14 @@ def test_entries_that_are_none(data, tmp_path):
     assert [a["id"] for a in report.repaired["annotations"]] == [11, 12]
 
 
+def test_ids_that_are_whole_numbers_with_a_point(data, tmp_path):
+    """As pandas writes them, where a column has gaps."""
+    for entry in (*data["images"], *data["annotations"]):
+        for key in entry.keys() & {"id", "image_id", "category_id"}:
+            entry[key] = float(entry[key])
+    assert not check(data, tmp_path).problems
+
+
 def test_keypoints_without_names(data, tmp_path):
     del data["categories"][0]["keypoints"]
     problem, _ = one_problem(data, tmp_path)

@@ -85,3 +85,18 @@ def test_changes_no_argument():
     view.sides(sides), view.boxes(boxes), view.polygons([sides]), view.points(sides)
     np.testing.assert_array_equal(sides, SIDES)
     np.testing.assert_array_equal(boxes, BOX)
+
+
+@pytest.mark.parametrize(
+    ("transforms", "mirrored"),
+    [
+        ([], False),
+        ([T.HFlipTransform(WIDTH)], True),
+        ([T.VFlipTransform(HEIGHT)], True),
+        ([T.HFlipTransform(WIDTH), T.VFlipTransform(HEIGHT)], False),
+        ([T.RotationTransform(HEIGHT, WIDTH, 20, expand=False)], False),
+        ([T.RotationTransform(HEIGHT, WIDTH, 200, expand=False), T.HFlipTransform(WIDTH)], True),
+    ],
+)
+def test_mirrored(transforms, mirrored):
+    assert viewport(*transforms).mirrored is mirrored
