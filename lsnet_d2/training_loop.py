@@ -103,7 +103,8 @@ class LSNetTrainLoop(SimpleTrainer):
         self, losses: dict[str, Tensor], data_time: float, batches: list[list[dict]]
     ) -> None:
         """As ``SimpleTrainer.write_metrics``, but every process gets what each has found."""
-        values = {name: value.item() for name, value in losses.items()}
+        stacked = torch.stack([value.detach().double() for value in losses.values()])
+        values = dict(zip(losses, stacked.tolist(), strict=True))
         broken = {name: value for name, value in values.items() if not math.isfinite(value)}
         files = [str(i.get("file_name")) for b in batches for i in b] if broken else []
         shared = comm.all_gather((values, data_time, broken, files))
@@ -143,7 +144,14 @@ class LSNetTrainLoop(SimpleTrainer):
 
 
 def wrap_distributed(model: nn.Module) -> nn.Module:
-    """Data-parallel training where there are several processes, on the device of the model."""
+    """Data-parallel training where there are several processes, on the device of the model.
+
+    Gradients of weights that take no part are not waited for, where the model has such.
+    """
     device = next(model.parameters()).device
-    device_ids = [comm.get_local_rank()] if device.type == "cuda" else None
-    return create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
+    return create_ddp_model(
+        model,
+        broadcast_buffers=False,
+        device_ids=[comm.get_local_rank()] if device.type == "cuda" else None,
+        find_unused_parameters=bool(getattr(model, "unused_features", ())),
+    )

@@ -41,6 +41,17 @@ def gradients(batches, **loop):
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
+def steps_with_unused_weights(batch):
+    """The coarse levels are made by the pyramid, and nothing looks at them."""
+    model = wrap_distributed(tiny_model(IN_FEATURES=["p3", "p4", "p5"]))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    loop = LSNetTrainLoop(model, [batch, batch], optimizer)
+    with EventStorage():
+        for loop.iter in range(2):
+            loop.run_step()
+    return {name: p.detach() for name, p in model.module.named_parameters()}
+
+
 def work(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/group", world_size=2, rank=rank)
@@ -48,6 +59,7 @@ def work(rank, folder):
     results = {
         "halves": gradients([half]),
         "parts": gradients([half[:1], half[1:]], accumulation_steps=2),
+        "unused": steps_with_unused_weights(half),
     }
     if rank == 0:
         torch.save(results, f"{folder}/gradients.pth")
@@ -65,6 +77,14 @@ def test_two_processes_with_half_the_batch_have_the_gradient_of_one(tmp_path):
     expected = (first + second) / 2
     assert (found["parts"] - expected).norm() < 1e-5 * expected.norm()
     assert (expected - whole).norm() > 1e-3 * whole.norm()  # which is another one
+
+    before = dict(tiny_model(IN_FEATURES=["p3", "p4", "p5"]).named_parameters())
+    changed = {name for name, p in found["unused"].items() if not torch.equal(p, before[name])}
+    unchanged = before.keys() - changed
+    assert "head.logits.weight" in changed or len(changed) > 20
+    assert {name for name in unchanged if "top_block" in name} == {
+        name for name in before if "top_block" in name
+    }
 
 
 def torchrun(data, *args):

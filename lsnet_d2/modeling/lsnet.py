@@ -36,6 +36,10 @@ class LSNet(DenseDetector):
     ``scores``, ``pred_classes`` and the branches' fields.
 
     Letters: A anchor points of all levels together, K classes, V landmarks of a branch.
+
+    Attributes:
+        unused_features: names of the backbone's features that nothing looks at; the weights that
+            make them get no gradients.
     """
 
     @configurable
@@ -78,6 +82,8 @@ class LSNet(DenseDetector):
         )
         shapes = backbone.output_shape()
         self.strides = [shapes[name].stride for name in head_in_features]
+        looked_at = {*head_in_features, *(polish.in_features if polish is not None else ())}
+        self.unused_features = [name for name in shapes if name not in looked_at]
         self.branches = branches
         self.num_classes = num_classes
         self.criterion = criterion
@@ -201,7 +207,7 @@ class LSNet(DenseDetector):
         image: int,
         image_size: tuple[int, int],
     ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
-        """Detections of one image, in pixels of the network's input, not clipped to the image.
+        """Detections of one image, in pixels of the network's input. Boxes are clipped to it.
 
         Args:
             fine: each (B, C, H, W), the feature maps that the third stage looks at.
@@ -238,7 +244,7 @@ class LSNet(DenseDetector):
         if self.polish is not None:
             fine = [feature[image : image + 1] for feature in fine]
             landmarks, landmark_scores = self.polished(fine, landmarks, scores, classes)
-            boxes = self.branches[0].boxes(landmarks[0])
+            boxes = clip_boxes(self.branches[0].boxes(landmarks[0]), image_size)
             # An object found twice is now found twice at the same place.
             kept, classes, scores = select_detections(
                 boxes,

@@ -257,3 +257,10 @@ def test_learns_one_image():
 def test_a_map_that_the_backbone_lacks_is_named():
     with pytest.raises(ValueError, match=r"MODEL\.LSNET\.IN_FEATURES names \['p8'\]; .* p3, "):
         tiny_model(IN_FEATURES=["p3", "p4", "p8"])
+
+
+def test_features_that_nothing_looks_at_are_known():
+    assert tiny_model().unused_features == []
+    assert tiny_model(IN_FEATURES=["p3", "p4", "p5"]).unused_features == ["p6", "p7"]
+    third = {"IN_FEATURES": ["p4", "p5", "p6"], "POLISH_IN_FEATURES": ["p3", "p4"]}
+    assert tiny_model(**third).unused_features == ["p7"]
