@@ -1,4 +1,4 @@
-"""LSNet for Detectron2: boxes with extreme points from anchor points with landmark vectors.
+"""LSNet for Detectron2: boxes, contours and poses from anchor points with landmark vectors.
 
 Importing this package registers the meta-architecture, the backbones and the data sets.
 """

@@ -51,8 +51,8 @@ def add_lsnet_config(cfg: CN) -> None:
     # third stage.
     cfg.MODEL.LSNET.CPV = False
 
-    # Feature maps of the backbone that a third stage looks at, which moves each landmark of the
-    # points that matter (not in the paper). Empty: there is no third stage.
+    # Feature maps of the backbone, finest first, that a third stage looks at, which moves each
+    # landmark of the points that matter (not in the paper). Empty: there is no third stage.
     cfg.MODEL.LSNET.POLISH_IN_FEATURES = []
     # How often it does so, each time with weights of its own.
     cfg.MODEL.LSNET.POLISH_STEPS = 1
@@ -70,8 +70,8 @@ def add_lsnet_config(cfg: CN) -> None:
     # Where there are contours, let maps teach the first of these features, after two convolutions:
     # of each cell the classes that cover it, and where the nearest outline is.
     cfg.MODEL.LSNET.OUTLINE_MAPS = True
-    # Give each kind of keypoint a map, on which the third stage, if there is one, seeks it around
-    # the place where it was taken to be.
+    # Give each kind of keypoint a map, on which the third stage seeks it around the place where it
+    # was taken to be. Without a third stage there is none.
     cfg.MODEL.LSNET.KEYPOINT_SEARCH = False
     # Convolutions that these maps alone go through, behind the two of the features that the third
     # stage looks at.
@@ -90,8 +90,8 @@ def add_lsnet_config(cfg: CN) -> None:
     # Candidates per pyramid level and object in the ATSS assignment of the refine stage.
     cfg.MODEL.LSNET.ATSS_TOPK = 9
     # Leave anchor points inside crowd objects, and inside objects without what the first branch
-    # learns, out of the losses of classes and of corner verification. False: such points are
-    # background, as in the released code.
+    # learns, out of the losses of classes, of corner verification and of the third stage's maps and
+    # decoys. False: such points are background, as in the released code.
     cfg.MODEL.LSNET.IGNORE_CROWD = True
     cfg.MODEL.LSNET.FOCAL_LOSS_ALPHA = 0.25
     cfg.MODEL.LSNET.FOCAL_LOSS_GAMMA = 2.0
@@ -121,6 +121,7 @@ def add_lsnet_config(cfg: CN) -> None:
     cfg.MODEL.LSNET.TRAIN_UNLABELLED_POSES = False
 
     # --- inference (TEST.DETECTIONS_PER_IMAGE holds too)
+    # Least score of a class; a third stage may judge what has it still lower.
     cfg.MODEL.LSNET.SCORE_THRESH_TEST = 0.05
     # Anchor points kept per pyramid level before NMS.
     cfg.MODEL.LSNET.TOPK_CANDIDATES_TEST = 1000
@@ -207,7 +208,7 @@ def add_lsnet_config(cfg: CN) -> None:
     # for the model; the trained weights are in them too, to go on from.
     cfg.SOLVER.EMA = CN()
     cfg.SOLVER.EMA.ENABLED = False
-    # Share of the mean that an iteration keeps; less in the first ones, where it is n / (n + 9).
+    # Share of the mean that an iteration keeps; the n-th keeps (n - 1) / (n + 8) at most.
     cfg.SOLVER.EMA.DECAY = 0.9998
 
     # Whether the losses of DATASETS.TEST, without augmentation, are computed with each evaluation

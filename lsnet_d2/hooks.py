@@ -22,8 +22,8 @@ BEST = "model_best"
 class WeightAverage(HookBase):
     """An exponential moving average of the weights, taken after every iteration.
 
-    The n-th update keeps ``min(decay, n / (n + 9))`` of the mean, so that the first ones count
-    little. Buffers, such as the statistics of batch norm, are those of the trained model.
+    The n-th update keeps ``min(decay, (n - 1) / (n + 8))`` of the mean, so that the first ones
+    count little. Buffers, such as the statistics of batch norm, are those of the trained model.
 
     Attributes:
         averaged: the model with the mean of the weights, to evaluate.

@@ -54,9 +54,10 @@ def expand_levels(values: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
 
 
 def kept_by_size(make: Callable[..., T]) -> Callable[..., T]:
-    """Keep what follows from the sizes of maps alone. All arguments must be hashable."""
-    # Made at test time, it may be used in training.
-    kept = lru_cache(maxsize=128)(torch.inference_mode(False)(make))
+    """Keep what follows from the sizes of maps alone, of the last few. All arguments must be
+    hashable."""
+    # Made at test time, it may be used in training. What is kept for a large image takes 10 MB.
+    kept = lru_cache(maxsize=16)(torch.inference_mode(False)(make))
 
     @wraps(make)
     def find(*args):

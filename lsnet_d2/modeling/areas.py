@@ -161,4 +161,4 @@ def cells_inside(contours: Tensor, size: tuple[int, int]) -> Tensor:
     column = column.masked_fill(~crossed, width)
     count = torch.zeros(len(contours), height, width + 1, dtype=torch.int32, device=x.device)
     count.scatter_add_(2, column.transpose(1, 2), crossed.transpose(1, 2).int())
-    return count[..., :width].cumsum(2) % 2 == 1
+    return count[..., :width].cumsum(2, dtype=torch.int32) % 2 == 1

@@ -9,6 +9,8 @@ from torch import Tensor
 
 _NONE = -1
 _EPS_SIZE = 1e-6
+# Image pixels from the sides of an object's box within which no box has its centre inside.
+_MARGIN = 0.01
 # Distances that are in memory at once, of some objects to points of a level: 1 MB.
 _DISTANCES_AT_ONCE = 1 << 18
 # Points of a level that are left out or looked at together, in the order of their numbers.
@@ -110,7 +112,7 @@ def assign_atss(
         [centers[candidates] - gt_boxes[:, None, :2], gt_boxes[:, None, 2:] - centers[candidates]],
         dim=2,
     )
-    inside = to_sides.amin(dim=2) > 0.01  # image pixels
+    inside = to_sides.amin(dim=2) > _MARGIN
     positive = usable & inside & (iou >= mean + variance.sqrt())
 
     owners, column = torch.nonzero(positive, as_tuple=True)
@@ -198,6 +200,15 @@ def _nearest(places: Tensor, centers: Tensor, units: Tensor, count: int) -> tupl
         distances.append(distance)
         indices.append(index)
     return torch.cat(distances), torch.cat(indices)
+
+
+def has_inside(gt_boxes: Tensor) -> Tensor:
+    """(G,) bool: whether :func:`assign_atss` can give an object positives.
+
+    It cannot where the box (G, 4) XYXY has no inside: that around a single keypoint, or around
+    several on an upright or level line.
+    """
+    return ((gt_boxes[:, 2:] - gt_boxes[:, :2]) > 2 * _MARGIN).all(dim=1)
 
 
 def _nearest_of_all(

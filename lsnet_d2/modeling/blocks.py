@@ -22,9 +22,9 @@ def same_conv(
     return conv
 
 
-def set_prior(conv: nn.Conv2d, prob: float) -> None:
+def set_prior(layer: nn.Conv2d | nn.Linear, prob: float) -> None:
     """Let scores start at ``prob``: the focal loss expects rare objects."""
-    nn.init.constant_(conv.bias, -math.log((1 - prob) / prob))
+    nn.init.constant_(layer.bias, -math.log((1 - prob) / prob))
 
 
 class ConvNormAct(nn.Sequential):

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.structures import Boxes, Instances
-from detectron2.structures.boxes import matched_pairwise_iou
+from detectron2.structures import Instances
 from torch import Tensor
 
 from ..data.keypoints import keypoint_flip_indices
 from ..structures import ContourMasks
 from ..tasks import branch_weights
 from .areas import area_iou
+from .assigners import pairwise_iou_inverted
 from .landmarks import LandmarkBranch, LandmarkTargets, clip_points, span_boxes, spread_indices
 from .losses import box_penalty, cross_iou, cross_iou_grouped, cross_iou_per_coordinate
 
@@ -67,7 +67,8 @@ class ExtremeBranch(LandmarkBranch):
 
     def quality(self, landmarks: Tensor, targets: LandmarkTargets) -> Tensor:
         """IOU of the boxes."""
-        return matched_pairwise_iou(Boxes(self.boxes(landmarks)), Boxes(targets.boxes))
+        # points that have changed sides make an inverted box; rounding, more than 1
+        return pairwise_iou_inverted(self.boxes(landmarks), targets.boxes).clamp(0, 1)
 
     def flip_indices(self, dataset_names: Sequence[str]) -> list[int]:
         return [0, 3, 2, 1]
@@ -163,7 +164,11 @@ class ContourBranch(LandmarkBranch):
         return area_iou(landmarks, targets.landmarks)
 
     def flip_indices(self, dataset_names: Sequence[str]) -> list[int]:
-        """The first vertex stays the first, and the direction is kept."""
+        """The first vertex stays the first, and the direction is kept.
+
+        Not so for vertices along several outlines, one of them a hole's: their order is another one
+        in the mirrored image.
+        """
         return [0, *range(self.num_landmarks - 1, 0, -1)]
 
     def overlap_and_penalty(self, vectors, target_vectors, boxes, targets):
@@ -208,8 +213,9 @@ class KeypointBranch(LandmarkBranch):
         Args:
             num_keypoints: K, at least 1.
             classes: that have keypoints; none given: all.
-            train_unlabelled: whether an object without labelled keypoints trains the vector to
-                its centre, as in the released code. It needs another branch to give its box.
+            train_unlabelled: whether an object of these classes without labelled keypoints trains
+                the vector to its centre, as in the released code. It needs another branch to give
+                its box.
 
         Raises:
             ValueError: K is 0; the message names the config's key.
@@ -236,7 +242,9 @@ class KeypointBranch(LandmarkBranch):
         high = places.masked_fill(~visible[..., None], -torch.inf).amax(dim=1)
         labelled = visible.any(dim=1)
         boxes = torch.cat([low, high], dim=1).masked_fill(~labelled[:, None], 0)
-        present = labelled | self.train_unlabelled
+        present = labelled
+        if self.train_unlabelled:
+            present = present | self._have_keypoints(instances.gt_classes)
         return LandmarkTargets.make(places, boxes, visible=visible, present=present)
 
     def boxes(self, landmarks: Tensor) -> Tensor:
@@ -309,6 +317,17 @@ def build_branches(cfg: CfgNode) -> list[LandmarkBranch]:
     """
     weights = branch_weights(cfg)
     boxes_of_keypoints = next(iter(weights)) == "keypoint"
+    if boxes_of_keypoints and cfg.MODEL.LSNET.NUM_KEYPOINTS == 1:
+        raise ValueError(
+            "MODEL.LSNET.NUM_KEYPOINTS is 1, but where the keypoints supply the boxes one alone "
+            "spans none"
+        )
+    classes = cfg.MODEL.LSNET.NUM_CLASSES
+    if outside := [c for c in cfg.MODEL.LSNET.KEYPOINT_CLASSES if not 0 <= c < classes]:
+        raise ValueError(
+            f"MODEL.LSNET.KEYPOINT_CLASSES names {outside}; classes are counted from 0, and "
+            f"MODEL.LSNET.NUM_CLASSES is {classes}"
+        )
     if cfg.MODEL.LSNET.TRAIN_UNLABELLED_POSES and boxes_of_keypoints:
         raise ValueError(
             "MODEL.LSNET.TRAIN_UNLABELLED_POSES is True, but where the keypoints supply the boxes "

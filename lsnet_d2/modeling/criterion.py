@@ -14,7 +14,7 @@ from detectron2.utils.events import get_event_storage
 from fvcore.nn import sigmoid_focal_loss
 from torch import Tensor
 
-from .assigners import assign_atss, assign_nearest, pairwise_iou_inverted
+from .assigners import assign_atss, assign_nearest, has_inside, pairwise_iou_inverted
 from .corner_verification import CornerCriterion
 from .head import HeadOutput
 from .landmarks import LandmarkBranch, LandmarkTargets
@@ -59,10 +59,16 @@ class Criterion:
             atss_topk: candidates per level and object in the refine stage.
             cls_soft_labels: teach a class as much as the box at the point overlaps the object's.
             ignore_crowd: leave points inside ``ignore_boxes``, and inside objects without what the
-                first branch learns, out of the losses of classes and of corner verification.
+                first branch learns, out of what is learned of the background.
             corners: the losses of corner verification, if there is any.
             polish: the losses of the third stage, if there is one.
+
+        Raises:
+            ValueError: a number is not positive; the message names the config's key.
         """
+        for key, number in (("INIT_POSITIVES", init_positives), ("ATSS_TOPK", atss_topk)):
+            if number < 1:
+                raise ValueError(f"MODEL.LSNET.{key} is {number}; it must be positive")
         self.branches = branches
         self.strides = strides
         self.padding_divisor = max(padding_divisor, 1)
@@ -169,13 +175,13 @@ class Criterion:
     ) -> GroundTruth:
         """What the images' annotations say, for their objects and points."""
         instances = [inputs["instances"].to(points.xy.device) for inputs in batched_inputs]
-        boxed = [self.branches[0].targets(x).present for x in instances]
+        first = [self.branches[0].targets(x) for x in instances]
         regions = [
-            self.ignored_regions(inputs, x.gt_boxes.tensor[~present])
-            for inputs, x, present in zip(batched_inputs, instances, boxed, strict=True)
+            self.ignored_regions(inputs, x.gt_boxes.tensor[~(t.present & has_inside(t.boxes))])
+            for inputs, x, t in zip(batched_inputs, instances, first, strict=True)
         ]
         # Objects that the first branch cannot give a box take part in nothing.
-        instances = [x[present] for x, present in zip(instances, boxed, strict=True)]
+        instances = [x[t.present] for x, t in zip(instances, first, strict=True)]
         return GroundTruth(
             targets=self.targets(instances),
             classes=[x.gt_classes for x in instances],
@@ -196,7 +202,7 @@ class Criterion:
         """(R, 4) XYXY: what is neither object nor background.
 
         These are the ``ignore_boxes``, and ``unboxed`` (N, 4), the annotations' boxes of objects
-        of which the first branch learns nothing.
+        of which the first branch learns nothing, or nothing in the refine stage.
         """
         if not self.ignore_crowd:
             return unboxed[:0]

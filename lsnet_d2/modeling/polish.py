@@ -293,6 +293,9 @@ def build_polish(
         raise ValueError(
             f"MODEL.LSNET.POLISH_IN_FEATURES is {names}; the backbone has {', '.join(shapes)}"
         )
+    strides = [shapes[name].stride for name in names]
+    if strides != sorted(strides):
+        raise ValueError(f"MODEL.LSNET.POLISH_IN_FEATURES is {names}; the finest must come first")
     if node.POLISH_STEPS < 1:
         raise ValueError(f"MODEL.LSNET.POLISH_STEPS is {node.POLISH_STEPS}; it must be positive")
     for key in ("POLISH_GRID", "POLISH_REPEATS_TEST", "KEYPOINT_SEARCH_CONVS"):
@@ -333,5 +336,4 @@ def build_polish(
     }
     heatmaps = {b.name: same_conv(finest.channels, b.num_landmarks, 1) for b in searchable}
     towers = {b.name: _convs(finest.channels, node.KEYPOINT_SEARCH_CONVS) for b in searchable}
-    strides = [shapes[name].stride for name in names]
     return Polish(names, strides, steps, convs, outlines, heatmaps, towers)

@@ -207,10 +207,13 @@ class PolishCriterion:
         nothing = objects < 0
         owned = torch.nonzero(~nothing).squeeze(1)
         owned = owned[targets.present[objects[owned]]]
-        owner = objects[owned]
-        known = torch.cat([owned, torch.nonzero(nothing).squeeze(1)])
         learned = owned[owned < num_positives]
         taught = targets[objects[learned]]
+        # Of landmarks whose places nobody knows it cannot be said how good they are.
+        judged = owned[targets.visible[objects[owned]].any(dim=1)]
+        owner = objects[judged]
+        compared = targets[owner]
+        known = torch.cat([judged, torch.nonzero(nothing).squeeze(1)])
         displacement, judgement, searching = [], [], []
         for moved, logits, search in steps:
             if search is not None:
@@ -218,8 +221,8 @@ class PolishCriterion:
                 searching.append(loss.sum())
             displacement.append(branch.displacement_loss(moved[learned], taught).sum())
             quality = torch.zeros_like(logits, dtype=torch.float32)
-            reached = branch.quality(moved[owned].detach(), targets[owner])
-            quality[owned, classes[owner]] = reached.to(quality)
+            reached = branch.quality(moved[judged].detach(), compared)
+            quality[judged, classes[owner]] = reached.to(quality)
             judgement.append(
                 F.binary_cross_entropy_with_logits(
                     logits[known].float(), quality[known], reduction="sum"

@@ -49,6 +49,14 @@ class TestExtremeBranch:
         assert targets.points[0, :4].tolist() == torch.arange(8.0).view(4, 2).tolist()
         assert targets.points[0, 4].tolist() == [20.0, 40.0]
 
+    def test_quality_is_defined_for_points_that_have_changed_sides(self):
+        branch = ExtremeBranch()
+        true = torch.tensor([[[5.0, 0], [0, 5], [5, 10], [10, 5]]]).expand(2, 4, 2)
+        found = true.clone()
+        found[1] = torch.tensor([[5.0, 0], [10, 5], [5, 10], [0, 5]])  # left and right
+        targets = LandmarkTargets.make(true, branch.boxes(true))
+        assert branch.quality(found, targets).tolist() == [1, 0]
+
     def test_loss_of_a_perfect_prediction_is_zero_in_any_unit(self):
         branch = ExtremeBranch()
         landmarks = torch.tensor([[[20.0, 5.0], [5.0, 30.0], [25.0, 50.0], [40.0, 28.0]]])
@@ -144,6 +152,7 @@ class TestKeypointBranch:
         keypoints = torch.arange(6.0).view(1, 3, 2).repeat(len(visibility), 1, 1)
         keypoints = torch.cat([keypoints, torch.tensor(visibility)[..., None].float()], dim=2)
         instances = Instances((100, 100), gt_keypoints=Keypoints(keypoints))
+        instances.gt_classes = torch.arange(len(visibility))
         return KeypointBranch(num_keypoints=3, **kwargs).targets(instances)
 
     def test_box_is_that_of_labelled_keypoints(self):
@@ -159,6 +168,8 @@ class TestKeypointBranch:
         assert self.targets([[0, 1, 0], [0, 0, 0]]).present.tolist() == [True, False]
         targets = self.targets([[0, 1, 0], [0, 0, 0]], train_unlabelled=True)
         assert targets.present.tolist() == [True, True]
+        targets = self.targets([[0, 1, 0], *[[0, 0, 0]] * 2], train_unlabelled=True, classes=[2])
+        assert targets.present.tolist() == [True, False, True]
 
     @pytest.mark.parametrize(
         ("count", "free"), [(1, 7), (5, 3), (8, 0), (13, 0), (17, 0), (133, 0)]
@@ -229,6 +240,16 @@ class TestBuildBranches:
     def test_unlabelled_poses_need_boxes(self):
         with pytest.raises(ValueError, match="TRAIN_UNLABELLED_POSES"):
             build_branches(tiny_cfg(TASK="pose_kbox", TRAIN_UNLABELLED_POSES=True))
+
+    def test_one_keypoint_spans_no_box(self):
+        with pytest.raises(ValueError, match="NUM_KEYPOINTS is 1,"):
+            build_branches(tiny_cfg(TASK="pose_kbox", NUM_KEYPOINTS=1))
+        build_branches(tiny_cfg(TASK="pose_bbox", NUM_KEYPOINTS=1))
+
+    @pytest.mark.parametrize("classes", [[3], [0, -1]])
+    def test_classes_of_keypoints_are_classes(self, classes):
+        with pytest.raises(ValueError, match=rf"KEYPOINT_CLASSES names \[{classes[-1]}\].* is 3$"):
+            build_branches(tiny_cfg(TASK="pose_bbox", NUM_CLASSES=3, KEYPOINT_CLASSES=classes))
 
     def test_unknown_task_names_the_key(self):
         with pytest.raises(ValueError, match=r"MODEL\.LSNET\.TASK is 'boxes'.*bbox"):

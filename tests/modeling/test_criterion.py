@@ -108,3 +108,24 @@ def test_soft_labels_are_the_overlaps_of_the_refine_stage(monkeypatch):
 def test_soft_labels_need_boxes_that_are_not_the_keypoints():
     with pytest.raises(ValueError, match="CLS_SOFT_LABELS is True.*unlabelled"):
         tiny_model(TASK="pose_kbox", CLS_SOFT_LABELS=True)
+
+
+@pytest.mark.parametrize("key", ["INIT_POSITIVES", "ATSS_TOPK"])
+def test_numbers_of_points_are_positive(key):
+    with pytest.raises(ValueError, match=rf"MODEL\.LSNET\.{key} is 0"):
+        tiny_model(**{key: 0})
+
+
+@pytest.mark.parametrize("labelled", [[0], [0, 2]])  # the latter are one above the other
+def test_keypoints_that_span_no_box_make_no_background(labelled):
+    """Nothing is learned of where the object is, but not that there is none either."""
+    inputs = make_input([[30, 30, 90, 80]], [1])
+    keypoints = inputs["instances"].gt_keypoints.tensor
+    keypoints[0, :, 2] = 0
+    keypoints[0, labelled, 2] = 2
+    model = tiny_model(TASK="pose_kbox")
+    points = make_anchor_points([(12, 16), (6, 8), (3, 4)], [8, 16, 32], torch.device("cpu"))
+    truth = model.criterion.ground_truth(points, [(96, 128)], [inputs])
+    assert len(truth.classes[0]) == 1
+    assert truth.regions[0].tolist() == [[30, 30, 90, 80]]
+    assert truth.ignored.sum() > 40

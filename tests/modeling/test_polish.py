@@ -233,7 +233,7 @@ def test_few_positives_teach_what_all_of_them_do():
 
 
 def test_detections_are_moved_and_their_boxes_follow():
-    model = detecting_model()
+    model = detecting_model(NMS_THRESH_TEST=1.0)
     inputs = [make_input(BOXES, [0, 1, 2])]
     with torch.no_grad():
         (plain,) = model(inputs)
@@ -260,6 +260,8 @@ def test_maps_have_as_many_channels():
 def test_unknown_features_are_named():
     with pytest.raises(ValueError, match=r"POLISH_IN_FEATURES is \['p2'\].*p3, p4"):
         tiny_model(POLISH_IN_FEATURES=["p2"])
+    with pytest.raises(ValueError, match=r"POLISH_IN_FEATURES is \['p4', 'p3'\]; the finest"):
+        tiny_model(POLISH_IN_FEATURES=["p4", "p3"])
     with pytest.raises(ValueError, match="POLISH_STEPS is 0"):
         polished_model(POLISH_STEPS=0)
     with pytest.raises(ValueError, match="POLISH_GRID is -1"):

@@ -140,6 +140,15 @@ class TestLosses:
         assert losses["loss_bbox_polish"] == 0
         assert losses["loss_bbox_quality"].item() == pytest.approx(2 * 3 * math.log(2) / 4)
 
+    def test_landmarks_that_nobody_has_placed(self):
+        """An object that is learned from, of which no landmark is visible, as a vector to its
+        centre: neither how far landmarks are off is known, nor how good they are."""
+        unknown = replace(self.targets, visible=torch.zeros(1, 4, dtype=torch.bool))
+        step = (self.start.expand(4, 4, 2), torch.zeros(4, 3))
+        losses = self.losses([0, 0, 0, -1], 2, [step], unknown)
+        assert losses["loss_bbox_polish"] == 0
+        assert losses["loss_bbox_quality"].item() == pytest.approx(2 * 3 * math.log(2) / 4)
+
     def test_no_objects(self):
         none = self.targets[torch.tensor([], dtype=torch.int64)]
         found = self.start.expand(2, 4, 2)
