@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .bilinear import bilinear_corners
-from .pyramid_sampling import flatten_levels, kept_by_size
+from .levels import flatten_levels, kept_by_size
 from .row_sum import RowIndex, weighted_row_sum
 
 

@@ -1,4 +1,4 @@
-"""Layers that the head and its corner verification are made of."""
+"""Layers that the head, its corner verification and the third stage are made of."""
 
 import math
 

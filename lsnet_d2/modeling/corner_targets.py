@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..layers.pyramid_sampling import flatten_levels
+from ..layers.levels import flatten_levels
 from .assigners import lowest_cost
 from .points import AnchorPoints
 

@@ -20,7 +20,7 @@ from fvcore.nn import sigmoid_focal_loss
 from torch import Tensor, nn
 
 from ..layers import corner_pool
-from ..layers.pyramid_sampling import flatten_levels
+from ..layers.levels import flatten_levels
 from .blocks import GROUPS, ConvNormAct, Tower, same_conv, set_prior
 from .branches import ExtremeBranch
 from .corner_targets import corner_targets, semantic_targets

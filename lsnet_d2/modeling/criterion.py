@@ -17,7 +17,7 @@ from torch import Tensor
 from .assigners import assign_atss, assign_nearest, has_inside, pairwise_iou_inverted
 from .corner_verification import CornerCriterion
 from .head import HeadOutput
-from .landmarks import LandmarkBranch, LandmarkTargets
+from .landmarks import LandmarkBranch, LandmarkTargets, as_indices
 from .losses import quality_focal_loss
 from .points import AnchorPoints, points_in_boxes
 from .polish import Polish
@@ -181,7 +181,7 @@ class Criterion:
             for inputs, x, t in zip(batched_inputs, instances, first, strict=True)
         ]
         # Objects that the first branch cannot give a box take part in nothing.
-        instances = [x[t.present] for x, t in zip(instances, first, strict=True)]
+        instances = [x[as_indices(t.present)] for x, t in zip(instances, first, strict=True)]
         return GroundTruth(
             targets=self.targets(instances),
             classes=[x.gt_classes for x in instances],

@@ -12,7 +12,8 @@ from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
 from ..layers import PyramidDeformConv, PyramidGrid
-from ..layers.pyramid_sampling import SOURCES_PER_LEVEL, flatten_levels, unflatten_levels
+from ..layers.levels import flatten_levels, unflatten_levels
+from ..layers.pyramid_sampling import SOURCES_PER_LEVEL
 from .blocks import GROUPS, Tower, same_conv, set_prior
 from .corner_verification import EVIDENCE_CHANNELS, CornerOutput, CornerVerification
 from .landmarks import LandmarkBranch

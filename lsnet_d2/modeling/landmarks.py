@@ -62,6 +62,7 @@ class LandmarkTargets:
         return LandmarkTargets(landmarks, boxes, centers, visible, present)
 
     def __getitem__(self, index: Tensor) -> "LandmarkTargets":
+        index = as_indices(index)
         return LandmarkTargets(*(getattr(self, f.name)[index] for f in fields(self)))
 
     @property
@@ -109,7 +110,7 @@ class LandmarkBranch(ABC):
         alpha: float = 0.2,
         init_weight: float = 1.0,
         refine_weight: float = 2.0,
-        polish_weight: float = 2.0,
+        polish_weight: float = 0.5,
     ) -> None:
         """
         Args:
@@ -296,6 +297,12 @@ class LandmarkBranch(ABC):
         landmarks = instances.get(self.pred_field)
         landmarks = landmarks * landmarks.new_tensor(scale)
         instances.set(self.pred_field, clip_points(landmarks, instances.image_size))
+
+
+def as_indices(index: Tensor) -> Tensor:
+    """Indices, of what is true where ``index`` is a mask (N,): for each tensor that is indexed with
+    a mask the host waits until a GPU has counted."""
+    return torch.nonzero(index).squeeze(1) if index.dtype == torch.bool else index
 
 
 def clip_points(points: Tensor, image_size: tuple[int, int]) -> Tensor:

@@ -57,7 +57,7 @@ class LSNet(DenseDetector):
         test_topk_candidates: int = 1000,
         test_nms_thresh: float = 0.6,
         test_min_box_area: float = 0.0,
-        test_quality_share: float = 0.0,
+        test_quality_share: float = 0.3,
         test_polish_repeats: int = 0,
         max_detections_per_image: int = 100,
         pixel_mean: list[float],

@@ -32,6 +32,10 @@ _COVERED_BEFORE_TRAINING = 0.05
 
 
 class OutlineMaps(nn.Module):
+    """Two dense maps that teach the features under them: semantic segmentation, and for cells on
+    outlines the displacement to the nearest point of one. Inference does not make them.
+    """
+
     def __init__(
         self, *, channels: int, num_classes: int, stride: int, loss_weights: Sequence[float]
     ) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..layers.pyramid_sampling import expand_levels
+from ..layers.levels import expand_levels
 
 
 @dataclass

@@ -32,7 +32,7 @@ class PolishCriterion:
         self,
         *,
         positives: int = 0,
-        decoys: int = 0,
+        decoys: int = 12,
         quality_loss_weight: float = 0.25,
         search_loss_weight: float = 0.25,
     ) -> None:

@@ -11,7 +11,7 @@ from detectron2.utils import comm
 from torch import Tensor
 
 from .distributed import mean_over_workers
-from .landmarks import LandmarkBranch, LandmarkTargets
+from .landmarks import LandmarkBranch, LandmarkTargets, as_indices
 
 
 @dataclass
@@ -47,6 +47,7 @@ class Matches:
     object: Tensor
 
     def __getitem__(self, index: Tensor) -> "Matches":
+        index = as_indices(index)
         return Matches(self.image[index], self.point[index], self.object[index])
 
     def __len__(self) -> int:

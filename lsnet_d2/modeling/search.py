@@ -69,6 +69,11 @@ class SearchResult:
 
 
 class LandmarkSearch(nn.Module):
+    """Looks for each landmark on its own heatmap, in a window around the place where it was.
+
+    What it finds is a soft-argmax over a lattice of places (:class:`SearchResult`).
+    """
+
     def __init__(self, num_landmarks: int, reach: float) -> None:
         """
         Args:

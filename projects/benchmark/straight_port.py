@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from lsnet_d2.layers import ModulatedDeformConv, PyramidDeformConv
 from lsnet_d2.layers.deform_conv import tap_offsets
-from lsnet_d2.layers.pyramid_sampling import flatten_levels, source_levels, unflatten_levels
+from lsnet_d2.layers.levels import flatten_levels, unflatten_levels
+from lsnet_d2.layers.pyramid_sampling import source_levels
 from lsnet_d2.modeling import LSNet
 from lsnet_d2.modeling.head import HeadOutput, LSNetHead
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from parity import DIRECTORY, Recorded
 from tiny_model import make_input, tiny_model
 
-from lsnet_d2.layers.pyramid_sampling import flatten_levels
+from lsnet_d2.layers.levels import flatten_levels
 from lsnet_d2.modeling.branches import ExtremeBranch
 from lsnet_d2.modeling.corner_verification import (
     OFFSET_BETA,

@@ -16,7 +16,7 @@ from parity import CONFIG_FILES, DIRECTORY, Recorded, golden_weight
 
 from lsnet_d2 import add_lsnet_config
 from lsnet_d2.checkpoint import convert_lsnet_checkpoint, released_names
-from lsnet_d2.layers.pyramid_sampling import unflatten_levels
+from lsnet_d2.layers.levels import unflatten_levels
 from lsnet_d2.modeling import corner_targets
 from lsnet_d2.modeling.assigners import lowest_cost
 from lsnet_d2.modeling.points import make_anchor_points
