@@ -90,8 +90,9 @@ def add_lsnet_config(cfg: CN) -> None:
     # Candidates per pyramid level and object in the ATSS assignment of the refine stage.
     cfg.MODEL.LSNET.ATSS_TOPK = 9
     # Leave anchor points inside crowd objects, and inside objects without what the first branch
-    # learns, out of the losses of classes, of corner verification and of the third stage's maps and
-    # decoys. False: such points are background, as in the released code.
+    # learns or whose keypoints span no box, out of the losses of classes, of corner verification
+    # and of the third stage's maps and decoys. False: such points are background, as in the
+    # released code.
     cfg.MODEL.LSNET.IGNORE_CROWD = True
     cfg.MODEL.LSNET.FOCAL_LOSS_ALPHA = 0.25
     cfg.MODEL.LSNET.FOCAL_LOSS_GAMMA = 2.0
@@ -116,8 +117,8 @@ def add_lsnet_config(cfg: CN) -> None:
     cfg.MODEL.LSNET.OUTLINE_MAPS_LOSS_WEIGHTS = [4.0, 0.5]
     # Weights of the losses of corner verification: heat maps, offsets, semantic map.
     cfg.MODEL.LSNET.CPV_LOSS_WEIGHTS = [0.25, 1.0, 0.1]
-    # What an object without a labelled keypoint teaches the pose. False: nothing. True: the
-    # vector to its centre, as in the released code.
+    # What an object of KEYPOINT_CLASSES without a labelled keypoint teaches the pose. False:
+    # nothing. True: the vector to its centre, as in the released code.
     cfg.MODEL.LSNET.TRAIN_UNLABELLED_POSES = False
 
     # --- inference (TEST.DETECTIONS_PER_IMAGE holds too)
@@ -135,7 +136,8 @@ def add_lsnet_config(cfg: CN) -> None:
     # area in pixels of the resized image. Empty: all count in all.
     cfg.TEST.AUG.SIZE_RANGES = []
     # How detections of the augmented images are put together: "vote" takes the weighted mean of
-    # those that overlap, as in the released code, "nms" the best one.
+    # those that overlap, as in the released code, "nms" the best one. With FLIP, contours have a
+    # mean only where CONTOUR_SAMPLING is "reference".
     cfg.TEST.AUG.METHOD = "vote"
     # IOU from which on boxes vote together.
     cfg.TEST.AUG.VOTE_IOU = 0.66

@@ -103,7 +103,7 @@ class LSNetTrainLoop(SimpleTrainer):
         self, losses: dict[str, Tensor], data_time: float, batches: list[list[dict]]
     ) -> None:
         """As ``SimpleTrainer.write_metrics``, but every process gets what each has found."""
-        stacked = torch.stack([value.detach().double() for value in losses.values()])
+        stacked = torch.stack([value.detach().float() for value in losses.values()])
         values = dict(zip(losses, stacked.tolist(), strict=True))
         broken = {name: value for name, value in values.items() if not math.isfinite(value)}
         files = [str(i.get("file_name")) for b in batches for i in b] if broken else []

@@ -9,7 +9,7 @@ import torch
 from detectron2.structures import Boxes, Instances, Keypoints, PolygonMasks
 from detectron2.utils.events import EventStorage
 
-from lsnet_d2.config_file import load_config, num_classes
+from lsnet_d2.config_file import load_config, merge_config, num_classes
 from lsnet_d2.engine import LSNetTrainer
 
 CONFIGS = tiny_coco.ROOT / "configs"
@@ -104,6 +104,15 @@ def test_is_short_and_names_its_output(name):
     base = name.rpartition("/")[2].startswith("Base-")
     assert base or len(text.splitlines()) <= 20
     assert base or f'OUTPUT_DIR: "output/{name.removesuffix(".yaml")}"' in text
+
+
+OTHERS = [str(f) for f in tiny_coco.ROOT.glob("projects/*/configs/[!B]*.yaml")]
+
+
+@pytest.mark.parametrize("name", [*names(False), *OTHERS], ids=lambda n: n.rpartition("/")[2])
+def test_schedule_is_that_of_the_batch(name):
+    solver = merge_config(str(CONFIGS / name)).SOLVER
+    assert solver.REFERENCE_IMS_PER_BATCH == solver.IMS_PER_BATCH
 
 
 @pytest.mark.parametrize("fragment", FRAGMENTS)

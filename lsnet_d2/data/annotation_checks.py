@@ -13,7 +13,7 @@ from detectron2.utils.file_io import PathManager
 
 from ..errors import UserError
 from .extreme_points import as_extreme_points
-from .keypoints import MAX_COORDINATE, check_triples
+from .keypoints import MAX_COORDINATE, as_keypoints
 from .polygons import check_form
 
 logger = logging.getLogger(__name__)
@@ -308,15 +308,11 @@ def _annotation_problem(
         check_form(annotation.get("segmentation"), size)
     except ValueError as error:
         return str(error)
-    keypoints = annotation.get("keypoints", ())
-    if num_keypoints is not None and len(keypoints):
-        keypoints = np.asarray(keypoints).reshape(-1).tolist()
+    if num_keypoints is not None:
         try:
-            check_triples(keypoints)
+            as_keypoints(annotation.get("keypoints"), num_keypoints)
         except ValueError as error:
             return str(error)
-        if len(keypoints) != 3 * num_keypoints:
-            return f"{len(keypoints)} numbers of keypoints, not {3 * num_keypoints}"
     if "extreme_points" in annotation:
         try:
             as_extreme_points(annotation["extreme_points"])

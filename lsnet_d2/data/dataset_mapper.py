@@ -18,7 +18,7 @@ from .annotation_checks import AnnotationError, name_annotation
 from .contours import CONTOUR_METHODS, resample_contour
 from .extreme_points import as_extreme_points, extreme_points, side_midpoints
 from .images import ImageError, NamedAugInput, read_image
-from .keypoints import keypoint_flip_indices
+from .keypoints import as_keypoints, keypoint_flip_indices
 from .polygons import bounding_box, decode_rle, segmentation_to_outlines
 from .viewport import Viewport
 
@@ -298,13 +298,10 @@ class LSNetDatasetMapper(DatasetMapper):
     def _keypoints(self, seen: VisibleObject, viewport: Viewport) -> np.ndarray:
         """(K, 3); all zero for an object without keypoints."""
         count = len(self.keypoint_hflip_indices)
-        keypoints = np.array(seen.annotation.get("keypoints", ()), dtype=np.float64)
-        if keypoints.size == 0:
-            return np.zeros((count, 3))
-        if keypoints.size != 3 * count:
-            raise AnnotationError(
-                f"{seen.name}: {keypoints.size} numbers of keypoints, not {3 * count}"
-            )
+        try:
+            keypoints = as_keypoints(seen.annotation.get("keypoints"), count)
+        except ValueError as error:
+            raise AnnotationError(f"{seen.name}: {error}") from error
         # Detectron2 exchanges left and right for horizontal flips alone: here it exchanges none.
         keypoints = utils.transform_keypoint_annotations(
             keypoints, viewport.transforms, viewport.image_size, np.arange(count)

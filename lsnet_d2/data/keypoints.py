@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from detectron2.data import Metadata, MetadataCatalog
 from detectron2.data.datasets.builtin_meta import (
     COCO_PERSON_KEYPOINT_FLIP_MAP,
@@ -99,6 +100,24 @@ def check_triples(keypoints: Sequence) -> None:
         or not all(map(_is_coordinate, keypoints))
     ):
         raise ValueError("its keypoints are not finite triples x, y, visibility")
+
+
+def as_keypoints(keypoints: object, count: int) -> np.ndarray:
+    """Keypoints of an annotation (count, 3) float64: x, y, visibility; zeros if it has none.
+
+    Raises:
+        ValueError: they are not finite triples, or others than ``count``.
+    """
+    if keypoints is None or not len(keypoints):
+        return np.zeros((count, 3))
+    try:
+        array = np.array(keypoints, dtype=np.float64).reshape(-1)
+    except (TypeError, ValueError):  # not numbers, or rows of several lengths
+        array = np.array([np.nan])
+    check_triples(array.tolist())
+    if array.size != 3 * count:
+        raise ValueError(f"{array.size} numbers of keypoints, not {3 * count}")
+    return array.reshape(count, 3)
 
 
 def is_finite(value: object) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 _NONE = -1
 _EPS_SIZE = 1e-6
-# Image pixels from the sides of an object's box within which no box has its centre inside.
+# A centre nearer than this to a side of an object's box does not count as inside; image pixels.
 _MARGIN = 0.01
 # Distances that are in memory at once, of some objects to points of a level: 1 MB.
 _DISTANCES_AT_ONCE = 1 << 18

@@ -323,7 +323,8 @@ def build_branches(cfg: CfgNode) -> list[LandmarkBranch]:
             "spans none"
         )
     classes = cfg.MODEL.LSNET.NUM_CLASSES
-    if outside := [c for c in cfg.MODEL.LSNET.KEYPOINT_CLASSES if not 0 <= c < classes]:
+    outside = [c for c in cfg.MODEL.LSNET.KEYPOINT_CLASSES if not 0 <= c < classes]
+    if outside and "keypoint" in weights:
         raise ValueError(
             f"MODEL.LSNET.KEYPOINT_CLASSES names {outside}; classes are counted from 0, and "
             f"MODEL.LSNET.NUM_CLASSES is {classes}"

@@ -300,8 +300,10 @@ class LandmarkBranch(ABC):
 
 
 def as_indices(index: Tensor) -> Tensor:
-    """Indices, of what is true where ``index`` is a mask (N,): for each tensor that is indexed with
-    a mask the host waits until a GPU has counted."""
+    """``index`` as indices, also where it is a mask (N,).
+
+    With a mask the host would wait for the GPU once for each tensor that is indexed.
+    """
     return torch.nonzero(index).squeeze(1) if index.dtype == torch.bool else index
 
 

@@ -38,8 +38,8 @@ class LSNet(DenseDetector):
     Letters: A anchor points of all levels together, K classes, V landmarks of a branch.
 
     Attributes:
-        unused_features: names of the backbone's features that nothing looks at; the weights that
-            make them get no gradients.
+        unused_features: names of the backbone's features that nothing looks at; weights that make
+            nothing else get no gradients.
     """
 
     @configurable

@@ -243,34 +243,32 @@ class LSNetWithTTA(nn.Module):
     def merge(self, instances: Instances) -> Instances:
         """The detections of all augmented images, in pixels of the original one, put together."""
         branches = self.model.branches
-        landmarks = [instances.get(branch.pred_field)[..., :2] for branch in branches]
-        counts = [points.shape[1] for points in landmarks]
+        found = [instances.get(branch.pred_field)[..., :2] for branch in branches]
         detections = (
             instances.pred_boxes.tensor,
-            torch.cat(landmarks, dim=1),
+            torch.cat(found, dim=1),
             instances.scores,
             instances.pred_classes,
         )
-        own_scores = None  # what is averaged has one score
         if self.method == "vote":
-            voting = [self.outlines_vote or not branch.outlined for branch in branches]
-            voting = torch.tensor(voting).repeat_interleave(torch.tensor(counts))
-            detections = vote(
-                *detections,
-                iou_thresh=self.vote_iou,
-                score_thresh=self.model.test_score_thresh,
-                voting=voting,
+            *detections, best = vote(
+                *detections, iou_thresh=self.vote_iou, score_thresh=self.model.test_score_thresh
             )
         else:
             boxes, _, scores, classes = detections
-            kept = batched_nms(boxes, scores, classes, self.model.test_nms_thresh)
-            kept = kept[: self.max_detections_per_image]
-            detections = [values[kept] for values in detections]
-            own_scores = [branch.scores(instances)[kept] for branch in branches]
-        boxes, landmarks, scores, classes = (x[: self.max_detections_per_image] for x in detections)
-        landmarks = landmarks.split(counts, dim=1)
+            best = batched_nms(boxes, scores, classes, self.model.test_nms_thresh)
+            detections = [values[best] for values in detections]
+        *detections, best = (x[: self.max_detections_per_image] for x in (*detections, best))
+        boxes, means, scores, classes = detections
+        means = list(means.split([points.shape[1] for points in found], dim=1))
+        own_scores = [scores] * len(branches)  # what is averaged has one score
+        for number, branch in enumerate(branches):
+            if self.method != "vote" or (branch.outlined and not self.outlines_vote):
+                means[number] = found[number][best]
+                own = branch.scores(instances)[best]
+                own_scores[number] = own * (scores / instances.scores[best])
         return make_instances(
-            instances.image_size, boxes, scores, classes, branches, landmarks, own_scores
+            instances.image_size, boxes, scores, classes, branches, means, own_scores
         )
 
 
@@ -326,8 +324,7 @@ def vote(
     *,
     iou_thresh: float,
     score_thresh: float,
-    voting: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Mean boxes and landmarks of the detections that overlap.
 
     The best detection and those of its class that overlap it become one: their mean weighted with
@@ -341,14 +338,13 @@ def vote(
         scores: (N,), positive.
         classes: (N,).
         iou_thresh: boxes with this IOU overlap.
-        voting: (V,) bool, landmarks of which there is a mean. Of others those of the best detection
-            stay. None: all.
 
     Returns:
-        The same four of the merged detections, at most N, best first.
+        The same four of the merged detections, at most N, best first; and (M,) the number of each
+        one's best detection in the input.
     """
-    order = scores.argsort(descending=True, stable=True)
-    boxes, landmarks, scores, classes = (x[order] for x in (boxes, landmarks, scores, classes))
+    by_score = scores.argsort(descending=True, stable=True)
+    boxes, landmarks, scores, classes = (x[by_score] for x in (boxes, landmarks, scores, classes))
     overlaps = pairwise_iou(Boxes(boxes), Boxes(boxes)).fill_diagonal_(1)
     together = (overlaps >= iou_thresh) & (classes[:, None] == classes)
     leader = torch.full_like(classes, -1)
@@ -362,8 +358,6 @@ def vote(
     sums = weights.new_zeros(len(leaders), *places.shape[1:]).index_add_(0, group, weights * places)
     totals = weights.new_zeros(len(leaders), 1, 1).index_add_(0, group, weights)
     means = (sums / totals).to(places)
-    if voting is not None:
-        means[:, 2:] = torch.where(voting[:, None], means[:, 2:], landmarks[leaders])
 
     members = torch.arange(len(boxes), device=boxes.device)
     lowered = scores * (1 - overlaps[leader, members])
@@ -371,7 +365,8 @@ def vote(
 
     places = torch.cat([means, places[kept]])
     scores = torch.cat([scores[leaders], lowered[kept]])
-    classes = torch.cat([classes[leaders], classes[kept]])
+    best = torch.cat([leaders, kept])
+    classes = classes[best]
     order = scores.argsort(descending=True, stable=True)
     boxes, landmarks = places[:, :2].flatten(1), places[:, 2:]
-    return boxes[order], landmarks[order], scores[order], classes[order]
+    return boxes[order], landmarks[order], scores[order], classes[order], by_score[best[order]]

@@ -235,6 +235,8 @@ def test_segmentations(dicts, segmentation, message):
         ([1, 2, 2, 3, 4, 2, 5, 6, 2], "9 numbers of keypoints, not 6"),
         (np.array([[1, 2, 2], [np.nan, 4, 2]]), "its keypoints are not finite triples"),
         ([1, 2, 2, 3], "its keypoints are not finite triples"),
+        ([[1, 2, 2], [3, 4]], "its keypoints are not finite triples"),
+        ([[1, 2, 2], [3, 4, "seen"]], "its keypoints are not finite triples"),
     ],
 )
 def test_keypoints(dicts, keypoints, message):
@@ -243,8 +245,9 @@ def test_keypoints(dicts, keypoints, message):
         check(dicts, num_keypoints=2)
     assert "2.jpg" in str(error.value)
     check(dicts)  # of no concern to a model without
-    dicts[1]["annotations"][0]["keypoints"] = []
-    check(dicts, num_keypoints=2)
+    for none in ([], None):
+        dicts[1]["annotations"][0]["keypoints"] = none
+        check(dicts, num_keypoints=2)
 
 
 def test_boxes_as_they_stand_in_files():

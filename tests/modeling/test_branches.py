@@ -250,6 +250,7 @@ class TestBuildBranches:
     def test_classes_of_keypoints_are_classes(self, classes):
         with pytest.raises(ValueError, match=rf"KEYPOINT_CLASSES names \[{classes[-1]}\].* is 3$"):
             build_branches(tiny_cfg(TASK="pose_bbox", NUM_CLASSES=3, KEYPOINT_CLASSES=classes))
+        build_branches(tiny_cfg(TASK="segm", NUM_CLASSES=3, KEYPOINT_CLASSES=classes))
 
     def test_unknown_task_names_the_key(self):
         with pytest.raises(ValueError, match=r"MODEL\.LSNET\.TASK is 'boxes'.*bbox"):

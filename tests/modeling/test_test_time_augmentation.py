@@ -44,7 +44,7 @@ class TestVote:
         recorded, detections = recorded_vote(case)
         if prefix:  # boxes only
             detections["landmarks"] = detections["landmarks"][:, :0]
-        boxes, landmarks, scores, _ = vote(**detections, iou_thresh=0.66, score_thresh=0.05)
+        boxes, landmarks, scores, *_ = vote(**detections, iou_thresh=0.66, score_thresh=0.05)
         parity.absolute("votes, scores", scores, recorded[f"{prefix}out_scores"], within=1e-6)
         expected = recorded[f"{prefix}out_boxes"]
         parity.absolute("votes, boxes", boxes, expected, within=1e-3, unit="px")
@@ -56,23 +56,25 @@ class TestVote:
         """The released code drops it, which is what was recorded."""
         recorded, detections = recorded_vote("v4")
         assert len(recorded["out_boxes"]) == 0
-        merged = vote(**detections, iou_thresh=0.66, score_thresh=0.05)
+        *merged, best = vote(**detections, iou_thresh=0.66, score_thresh=0.05)
+        assert best.tolist() == list(range(len(merged[0])))
         for actual, given in zip(merged, detections.values(), strict=True):
             torch.testing.assert_close(actual, given)
 
     def test_of_nothing_is_nothing(self):
         _, detections = recorded_vote("v5")
-        boxes, landmarks, scores, classes = vote(**detections, iou_thresh=0.66, score_thresh=0.05)
+        boxes, landmarks, *rest = vote(**detections, iou_thresh=0.66, score_thresh=0.05)
         assert boxes.shape == (0, 4) and landmarks.shape == (0, 4, 2)
-        assert scores.shape == classes.shape == (0,)
+        assert all(values.shape == (0,) for values in rest)
 
     def test_by_hand(self):
         boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 8], [0, 0, 10, 10], [50, 50, 60, 60]])
         landmarks = torch.arange(8.0).view(4, 1, 2)
         scores, classes = torch.tensor([0.6, 0.3, 0.5, 0.2]), torch.tensor([1, 1, 2, 1])
-        boxes, landmarks, scores, classes = vote(
+        boxes, landmarks, scores, classes, best = vote(
             boxes, landmarks, scores, classes, iou_thresh=0.66, score_thresh=0.05
         )
+        assert best.tolist() == [0, 2, 3, 1]
         # the second box, with IOU 0.8, votes with the first and is kept with 0.3 * (1 - 0.8)
         assert scores.tolist() == pytest.approx([0.6, 0.5, 0.2, 0.06])
         assert classes.tolist() == [1, 2, 1, 1]
@@ -81,21 +83,6 @@ class TestVote:
         assert landmarks[0, 0].tolist() == pytest.approx([0.3 * 2 / 0.9, (0.6 + 0.3 * 3) / 0.9])
         assert landmarks[1:, 0].tolist() == [[4, 5], [6, 7], [2, 3]]
 
-    def test_landmarks_without_a_vote_are_those_of_the_best(self):
-        boxes = torch.tensor([[0.0, 0, 10, 8], [0, 0, 10, 10], [50, 50, 60, 60]])
-        landmarks = torch.arange(12.0).view(3, 2, 2)
-        scores, classes = torch.tensor([0.3, 0.6, 0.2]), torch.zeros(3, dtype=torch.long)
-        _, found, *_ = vote(
-            *(boxes, landmarks, scores, classes),
-            iou_thresh=0.66,
-            score_thresh=0.05,
-            voting=torch.tensor([True, False]),
-        )
-        mean = [(0.6 * 4 + 0.3 * 0) / 0.9, (0.6 * 5 + 0.3 * 1) / 0.9]
-        assert found[0, 0].tolist() == pytest.approx(mean)
-        assert found[:, 1].tolist() == [[6, 7], [10, 11], [2, 3]]
-        assert found[1:, 0].tolist() == [[8, 9], [0, 1]]
-
     def test_does_not_depend_on_the_order(self):
         _, detections = recorded_vote("v1")
         detections["classes"] = torch.arange(120) % 3
@@ -103,7 +90,8 @@ class TestVote:
         shuffled = torch.randperm(120, generator=torch.Generator().manual_seed(0))
         detections = {key: values[shuffled] for key, values in detections.items()}
         actual = vote(**detections, iou_thresh=0.66, score_thresh=0.05)
-        for one, other in zip(actual, expected, strict=True):
+        assert torch.equal(shuffled[actual[-1]], expected[-1])
+        for one, other in zip(actual[:-1], expected[:-1], strict=True):
             assert torch.equal(one, other)
 
     def test_each_class_votes_by_itself(self):
@@ -114,7 +102,7 @@ class TestVote:
             alone = {key: values[classes == label] for key, values in detections.items()}
             alone = vote(**alone, iou_thresh=0.66, score_thresh=0.05)
             of_class = [values[together[3] == label] for values in together]
-            for one, other in zip(of_class, alone, strict=True):
+            for one, other in zip(of_class[:-1], alone[:-1], strict=True):
                 assert torch.equal(one, other)
 
     def test_landmarks_stay_with_their_object(self):
@@ -274,6 +262,38 @@ def test_an_exact_model_gives_the_same_with_any_augmentation(exact):
     image["image"] = image["image"][:, ::2, ::2]  # it was halved before; results are not
     (output,) = LSNetWithTTA(cfg, model)([image])
     assert_same(output["instances"], expected, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "method", "voting"),
+    [("adaptive", "vote", False), ("reference", "vote", True), ("adaptive", "nms", False)],
+)
+def test_contours_that_mirroring_may_reorder_have_no_mean(
+    exact, monkeypatch, sampling, method, voting
+):
+    """They are the best detection's, with their own score."""
+    cfg, model, expected = exact
+    forward = model.forward
+
+    def reordering(batch, do_postprocess):
+        results = forward(batch, do_postprocess)
+        for x, found in zip(batch, results, strict=True):
+            if isinstance(x["transforms"].transforms[-1], HFlipTransform):
+                found.pred_contours = found.pred_contours.roll(18, 1)
+                found.scores = 0.9 * found.scores
+            found.contour_scores = 0.5 * found.scores
+        return results
+
+    monkeypatch.setattr(model, "forward", reordering)
+    cfg.TEST.AUG.MIN_SIZES, cfg.TEST.AUG.FLIP = [96], True
+    cfg.TEST.AUG.METHOD, cfg.INPUT.CONTOUR_SAMPLING = method, sampling
+    (output,) = LSNetWithTTA(cfg, model)([make_input([], [])])
+    found = output["instances"]
+    assert found.scores.tolist() == pytest.approx(expected.scores.tolist())
+    far = (found.pred_contours - expected.pred_contours).abs().amax((1, 2))
+    assert (far > 1).all() if voting else (far < 1e-3).all()
+    own = expected.scores if voting else 0.5 * expected.scores
+    assert found.contour_scores.tolist() == pytest.approx(own.tolist())
 
 
 def test_sizes_are_those_in_the_augmented_image(exact):
