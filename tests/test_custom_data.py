@@ -16,7 +16,8 @@ from tiny_coco import ROOT, tool_environment
 
 # What makes a training a matter of seconds that needs no weights, and its model find something.
 QUICKLY = (
-    "MODEL.WEIGHTS '' SOLVER.MAX_ITER 2 SOLVER.IMS_PER_BATCH 2 DATALOADER.NUM_WORKERS 0 "
+    "MODEL.WEIGHTS '' SOLVER.MAX_ITER 2 DATALOADER.NUM_WORKERS 0 "
+    "SOLVER.IMS_PER_BATCH 2 SOLVER.REFERENCE_IMS_PER_BATCH 0 "
     "MODEL.LSNET.PRIOR_PROB 0.9 INPUT.MIN_SIZE_TRAIN '(96,)' INPUT.MIN_SIZE_TEST 96 "
     "MODEL.LSNET.KEYPOINT_CLASSES '[]' MODEL.DEVICE cpu SEED 1"
 )

@@ -207,7 +207,8 @@ class LSNet(DenseDetector):
         image: int,
         image_size: tuple[int, int],
     ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
-        """Detections of one image, in pixels of the network's input. Boxes are clipped to it.
+        """Detections of one image, in pixels of the network's input, not clipped to the image where
+        a third stage has moved them.
 
         Args:
             fine: each (B, C, H, W), the feature maps that the third stage looks at.
@@ -244,7 +245,7 @@ class LSNet(DenseDetector):
         if self.polish is not None:
             fine = [feature[image : image + 1] for feature in fine]
             landmarks, landmark_scores = self.polished(fine, landmarks, scores, classes)
-            boxes = clip_boxes(self.branches[0].boxes(landmarks[0]), image_size)
+            boxes = self.branches[0].boxes(landmarks[0])
             # An object found twice is now found twice at the same place.
             kept, classes, scores = select_detections(
                 boxes,
