@@ -124,6 +124,15 @@ def assign_atss(
     return assignment, quality
 
 
+def has_inside(gt_boxes: Tensor) -> Tensor:
+    """(G,) bool: whether :func:`assign_atss` can give an object positives.
+
+    It cannot where the box (G, 4) XYXY has no inside: that around a single keypoint, or around
+    several on an upright or level line.
+    """
+    return ((gt_boxes[:, 2:] - gt_boxes[:, :2]) > 2 * _MARGIN).all(dim=1)
+
+
 def _places(points: Tensor, valid: Tensor | None) -> Tensor:
     """Points (A, 2), those that may not be assigned infinitely far away."""
     return points if valid is None else points.masked_fill(~valid[:, None], torch.inf)
@@ -200,15 +209,6 @@ def _nearest(places: Tensor, centers: Tensor, units: Tensor, count: int) -> tupl
         distances.append(distance)
         indices.append(index)
     return torch.cat(distances), torch.cat(indices)
-
-
-def has_inside(gt_boxes: Tensor) -> Tensor:
-    """(G,) bool: whether :func:`assign_atss` can give an object positives.
-
-    It cannot where the box (G, 4) XYXY has no inside: that around a single keypoint, or around
-    several on an upright or level line.
-    """
-    return ((gt_boxes[:, 2:] - gt_boxes[:, :2]) > 2 * _MARGIN).all(dim=1)
 
 
 def _nearest_of_all(
