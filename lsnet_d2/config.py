@@ -65,7 +65,7 @@ def add_lsnet_config(cfg: CN) -> None:
     cfg.MODEL.LSNET.POLISH_POSITIVES = 0
     # Points of the background of an image, those that look most like objects, that also teach it
     # what is none.
-    cfg.MODEL.LSNET.POLISH_DECOYS = 12
+    cfg.MODEL.LSNET.POLISH_NEGATIVES = 12
 
     # Where there are contours, let maps teach the first of these features, after two convolutions:
     # of each cell the classes that cover it, and where the nearest outline is.
@@ -91,7 +91,7 @@ def add_lsnet_config(cfg: CN) -> None:
     cfg.MODEL.LSNET.ATSS_TOPK = 9
     # Leave anchor points inside crowd objects, and inside objects without what the first branch
     # learns or whose keypoints span no box, out of the losses of classes, of corner verification
-    # and of the third stage's maps and decoys. False: such points are background, as in the
+    # and of the third stage's maps and hard negatives. False: such points are background, as in the
     # released code.
     cfg.MODEL.LSNET.IGNORE_CROWD = True
     cfg.MODEL.LSNET.FOCAL_LOSS_ALPHA = 0.25

@@ -204,8 +204,8 @@ def test_detections(name):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 @pytest.mark.parametrize("lsnet", MODELS.values(), ids=MODELS)
 def test_mixed_precision(lsnet, dtype):
-    # Before training all points look alike, and which are decoys would be left to eight bits.
-    keys = {"POLISH_DECOYS": 0} if dtype is torch.bfloat16 else {}
+    # Before training all points look alike, and eight bits would choose the negatives.
+    keys = {"POLISH_NEGATIVES": 0} if dtype is torch.bfloat16 else {}
     model = tiny_model(**lsnet, **keys).to("cuda")
     with EventStorage(), torch.no_grad():
         expected = {k: v.item() for k, v in model(BATCH).items()}

@@ -169,7 +169,7 @@ class PolishStep(nn.Module):
         grid = middle + (high - low)[:, None] * self.grid
         points = torch.cat([*landmarks, grid], dim=1)
         sampled = features(image, points)
-        # What is far from the object, as in a decoy, must not outweigh all else.
+        # What is far from the object, as in a hard negative, must not outweigh all else.
         place = ((points - middle) / size).clamp(-_FARTHEST, _FARTHEST).to(sampled)
         identity = [branch.identity for branch in self.branches.values()]
         if self.grid_identity is not None:

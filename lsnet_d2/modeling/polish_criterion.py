@@ -23,8 +23,9 @@ from .samples import BranchSamples, GroundTruth, Matches, normalizers
 class PolishCriterion:
     """The losses of the third stage.
 
-    Landmarks are learned on positives of the refine stage. Quality is also learned on *decoys*, the
-    background that looks most like objects: on positives alone nothing would tell what is none.
+    Landmarks are learned on positives of the refine stage. Quality is also learned on hard
+    negatives, the background that looks most like objects: on positives alone nothing would tell
+    what is none.
     """
 
     @configurable
@@ -32,25 +33,25 @@ class PolishCriterion:
         self,
         *,
         positives: int = 0,
-        decoys: int = 12,
+        negatives: int = 12,
         quality_loss_weight: float = 0.25,
         search_loss_weight: float = 0.25,
     ) -> None:
         """
         Args:
             positives: anchor points of each object, chosen at random; 0: all of the refine stage.
-            decoys: of each image, at most.
+            negatives: of each image, at most.
             quality_loss_weight, search_loss_weight: beside the branches' own weights, of their
                 landmarks.
 
         Raises:
             ValueError: a number is negative; the message names the config's key.
         """
-        for key, number in (("POSITIVES", positives), ("DECOYS", decoys)):
+        for key, number in (("POSITIVES", positives), ("NEGATIVES", negatives)):
             if number < 0:
                 raise ValueError(f"MODEL.LSNET.POLISH_{key} is {number}; it must not be negative")
         self.positives = positives
-        self.decoys = decoys
+        self.negatives = negatives
         self.quality_loss_weight = quality_loss_weight
         self.search_loss_weight = search_loss_weight
 
@@ -58,7 +59,7 @@ class PolishCriterion:
     def from_config(cls, cfg: CfgNode) -> dict:
         return {
             "positives": cfg.MODEL.LSNET.POLISH_POSITIVES,
-            "decoys": cfg.MODEL.LSNET.POLISH_DECOYS,
+            "negatives": cfg.MODEL.LSNET.POLISH_NEGATIVES,
             "quality_loss_weight": cfg.MODEL.LSNET.QUALITY_LOSS_WEIGHT,
             "search_loss_weight": cfg.MODEL.LSNET.KEYPOINT_SEARCH_LOSS_WEIGHT,
         }
@@ -81,11 +82,11 @@ class PolishCriterion:
             polish: the third stage.
             fine: the feature maps that it looks at.
         """
-        decoys = self.find_decoys(points, predictions, samples[0], background, truth)
+        negatives = self.find_negatives(points, predictions, samples[0], background, truth)
         positives = samples[0].positives  # all have what the first branch learns
         if self.positives:
             positives = positives[few_of_each(positives.object, self.positives)]
-        candidates = Matches.cat([positives, decoys])
+        candidates = Matches.cat([positives, negatives])
         landmarks = [
             found.branch.decode(
                 dense[candidates.image, candidates.point].detach().float(),
@@ -146,7 +147,7 @@ class PolishCriterion:
         return losses
 
     @torch.no_grad()
-    def find_decoys(
+    def find_negatives(
         self,
         points: AnchorPoints,
         predictions: HeadOutput,
@@ -162,7 +163,7 @@ class PolishCriterion:
             first: of the first branch, which supplies the boxes.
         """
         scores = predictions.logits.amax(dim=2).masked_fill(~background, -torch.inf)
-        scores, chosen = scores.topk(min(self.decoys, scores.shape[1]), dim=1)
+        scores, chosen = scores.topk(min(self.negatives, scores.shape[1]), dim=1)
         image, column = torch.nonzero(scores.isfinite(), as_tuple=True)
         point = chosen[image, column]
         branch = first.branch
@@ -195,12 +196,12 @@ class PolishCriterion:
         What a step says of the quality of landmarks is learned from what it makes of them.
 
         Args:
-            steps: what each makes of N candidates, positives and behind them decoys.
+            steps: what each makes of N candidates, positives and behind them negatives.
             objects: (N,), counted through all images; -1: none.
             num_positives: among the candidates.
             targets, classes: of the objects of all images.
             normalizer: scalar, what the losses of landmarks are divided by.
-            quality_normalizer: what that of quality is divided by, for which decoys count too.
+            quality_normalizer: what that of quality is divided by, for which negatives count too.
         """
         # Of a candidate without an object it is known that nothing is there, of one with an object
         # from which the branch learns, what.

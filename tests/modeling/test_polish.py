@@ -198,7 +198,7 @@ def test_images_without_objects_keep_all_parameters_in_the_graph(search):
     model = polished_model(POLISH_GRID=2, **keys).train()
     losses = losses_of(model, [make_input([], [])])
     assert losses["loss_segm_polish"] == losses["loss_pose_polish"] == 0
-    assert losses["loss_segm_quality"] > 0  # of decoys
+    assert losses["loss_segm_quality"] > 0  # of hard negatives
     sum(losses.values()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
@@ -219,7 +219,7 @@ def test_weights_of_the_losses(loss, key):
 
 def test_few_positives_teach_what_all_of_them_do():
     def values(**keys):
-        model = polished_model(POLISH_DECOYS=0, **keys).train()
+        model = polished_model(POLISH_NEGATIVES=0, **keys).train()
         losses = losses_of(model, [make_input(BOXES[:1], [0])])
         return {name: loss.item() for name, loss in losses.items()}
 

@@ -61,9 +61,9 @@ class TestCall:
             seen.append((image, landmarks))
             return forward(fine, image, landmarks)
 
-        _, (points, predictions, _) = self.losses(polish, POLISH_POSITIVES=1, POLISH_DECOYS=3)
+        _, (points, predictions, _) = self.losses(polish, POLISH_POSITIVES=1, POLISH_NEGATIVES=3)
         ((image, landmarks),) = seen
-        # a positive of each object, and three decoys of each image
+        # a positive of each object, and three hard negatives of each image
         assert image.tolist() == [0, 1, 0, 0, 0, 1, 1, 1]
         for i, branch in enumerate((ExtremeBranch(), KeypointBranch(num_keypoints=5))):
             for number, places in zip(image, landmarks[i], strict=True):
@@ -72,7 +72,7 @@ class TestCall:
 
     @pytest.mark.parametrize("positives", [0, 1000])
     def test_objects_without_keypoints_do_not_dilute_those_of_others(self, positives):
-        keys = {"POLISH_POSITIVES": positives, "POLISH_DECOYS": 0}
+        keys = {"POLISH_POSITIVES": positives, "POLISH_NEGATIVES": 0}
         both, _ = self.losses(**keys)
         alone, _ = self.losses(inputs=self.INPUTS[:1], **keys)
         torch.testing.assert_close(both["loss_pose_polish"], alone["loss_pose_polish"])
@@ -80,7 +80,7 @@ class TestCall:
 
 
 class TestLosses:
-    """Two positives learn one object; a decoy is taken for it, another one for none."""
+    """Two positives learn one object; a hard negative is taken for it, another one for none."""
 
     def setup_method(self):
         self.branch = ExtremeBranch(polish_weight=3.0)
@@ -109,11 +109,11 @@ class TestLosses:
         wrong = (1 + 1 + 0.25 + 0.25) / 4
         mean_of_steps = (2 * wrong + wrong) / 2
         assert losses["loss_bbox_polish"].item() == pytest.approx(3 * mean_of_steps / 2)
-        # a logit of 0 loses ln 2, whatever the quality is: for two positives, two decoys, 3 classes
+        # a logit of 0 loses ln 2, whatever the quality is: 2 positives, 2 negatives, 3 classes
         assert losses["loss_bbox_quality"].item() == pytest.approx(2 * 4 * 3 * math.log(2) / 4)
 
     def test_quality(self):
-        """It is 1 for who is right, the IOU for the decoy, 0 for other classes and no object."""
+        """It is 1 for who is right, the IOU for the negative, 0 for other classes and no object."""
         iou = 35 / 45
         quality = torch.zeros(4, 3)
         quality[:, 1] = torch.tensor([1, iou, iou, 0])
@@ -157,7 +157,7 @@ class TestLosses:
         assert losses["loss_bbox_quality"] > 0
 
 
-class TestDecoys:
+class TestNegatives:
     def find(self, count):
         """In two images of 16 points with boxes of a cell: objects in the second alone."""
         points = make_anchor_points([(4, 4)], [8], torch.device("cpu"))
@@ -180,8 +180,8 @@ class TestDecoys:
         )
         predictions = HeadOutput(scores, [vectors], [vectors], [(4, 4)])
         first = BranchSamples(branch, vectors[0], None, None)
-        criterion = PolishCriterion(decoys=count)
-        return criterion.find_decoys(points, predictions, first, background, truth)
+        criterion = PolishCriterion(negatives=count)
+        return criterion.find_negatives(points, predictions, first, background, truth)
 
     def test_highest_scores_of_the_background(self):
         found = self.find(2)
@@ -197,6 +197,6 @@ class TestDecoys:
 
 
 def test_numbers_are_not_negative():
-    for key in ("positives", "decoys"):
+    for key in ("positives", "negatives"):
         with pytest.raises(ValueError, match=f"POLISH_{key.upper()} is -1"):
             PolishCriterion(**{key: -1})
