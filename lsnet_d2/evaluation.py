@@ -272,7 +272,7 @@ def to_detections(prediction: dict) -> Detections:
         image_id=prediction["image_id"],
         boxes=np.array([r["bbox"] for r in results], dtype=np.float64).reshape(-1, 4),
         scores=np.array([r["score"] for r in results], dtype=np.float64),
-        categories=np.array([r["category_id"] for r in results], dtype=np.int64),
+        categories=np.array([r["category_id"] for r in results]),
         landmarks={field: points.numpy() for field, points in prediction["landmarks"].items()},
     )
 

@@ -2,6 +2,9 @@
 
 Matching and accumulating are hotcoco's, a library in Rust whose figures are pycocotools' to the
 last bit (``tests/test_fast_coco.py``); the summary is pycocotools' own.
+
+hotcoco wants the types of COCO's own files, also of keys that no figure depends on. So it is given
+what matching uses alone, with ids counted from 1.
 """
 
 from typing import Any
@@ -9,6 +12,13 @@ from typing import Any
 import hotcoco
 from detectron2.evaluation.coco_evaluation import COCOevalMaxDets
 from pycocotools.coco import COCO
+
+# What of annotations and results is matched, besides ids, scores and "iscrowd".
+_MATCHED = {
+    "bbox": ("bbox", "area"),
+    "segm": ("bbox", "area", "segmentation"),
+    "keypoints": ("bbox", "area", "keypoints", "num_keypoints"),
+}
 
 
 class FastCOCOeval(COCOevalMaxDets):
@@ -35,16 +45,47 @@ class FastCOCOeval(COCOevalMaxDets):
         if unknown:
             raise ValueError(f"results of image {min(unknown)}, which is not in the data set")
         self.params.maxDets = sorted(self.params.maxDets)
-        true = hotcoco.COCO(self.cocoGt.dataset)
-        self._matching = hotcoco.COCOeval(true, true.load_res(self._results), self.params.iouType)
+        # in the order of the ids, in which pycocotools goes through them
+        images = {image: n for n, image in enumerate(sorted(self.cocoGt.imgs), start=1)}
+        categories = {category: n for n, category in enumerate(sorted(self.cocoGt.cats), start=1)}
+        annotations = self._numbered(self.cocoGt.dataset["annotations"], images, categories)
+        true = hotcoco.COCO(
+            {
+                "images": [
+                    {key: int(image[key]) for key in ("height", "width") if key in image}
+                    | {"id": images[image["id"]]}
+                    for image in self.cocoGt.imgs.values()
+                ],
+                "categories": [{"id": n, "name": str(n)} for n in categories.values()],
+                "annotations": [{**a, "id": n} for n, a in enumerate(annotations, start=1)],
+            }
+        )
+        found = self._numbered(self._results, images, categories)
+        self._matching = hotcoco.COCOeval(true, true.load_res(found), self.params.iouType)
         params = self._matching.params
-        for name in ("imgIds", "catIds", "iouThrs", "recThrs", "maxDets", "areaRng", "areaRngLbl"):
+        params.imgIds = sorted({images[image] for image in self.params.imgIds})
+        params.catIds = sorted({categories[category] for category in self.params.catIds})
+        for name in ("iouThrs", "recThrs", "maxDets", "areaRng", "areaRngLbl"):
             value = getattr(self.params, name)
             setattr(params, name, value.tolist() if hasattr(value, "tolist") else list(value))
         params.useCats = bool(self.params.useCats)
         if self.params.iouType == "keypoints":
             params.kpt_oks_sigmas = self.params.kpt_oks_sigmas.tolist()
         self._matching.evaluate()
+
+    def _numbered(self, entries: list[dict], images: dict, categories: dict) -> list[dict]:
+        """Annotations or results of known images and classes, as far as matching sees them."""
+        keys = (*_MATCHED[self.params.iouType], "score")
+        numbered = []
+        for entry in entries:
+            image = images.get(entry["image_id"])
+            category = categories.get(entry["category_id"])
+            if image is not None and category is not None:
+                kept = {key: entry[key] for key in keys if key in entry}
+                if "iscrowd" in entry:
+                    kept["iscrowd"] = int(bool(entry["iscrowd"]))
+                numbered.append({**kept, "image_id": image, "category_id": category})
+        return numbered
 
     def accumulate(self) -> None:
         """Precision and recall by threshold, class, size and number of detections."""

@@ -78,14 +78,14 @@ def count_keypoints(annotations: list[dict]) -> int:
 def complete_annotations(dataset: dict[str, Any]) -> None:
     """Give annotations what pycocotools needs, in place.
 
-    ``iscrowd`` is 0 where it is missing, and ``area`` that of the box, which only sorts objects
+    ``iscrowd`` is 0 where it is missing or null, and ``area`` that of the box, which only sorts objects
     into small, medium and large, and sets the scale of OKS. If some have keypoints, the others get
     ones that are not labelled; ``num_keypoints`` is counted where it is missing. If an id is 0,
     which pycocotools takes for "not matched", ids are numbered anew.
     """
     dataset.setdefault("info", {})
     annotations = dataset["annotations"]
-    without_area = [annotation for annotation in annotations if "area" not in annotation]
+    without_area = [annotation for annotation in annotations if annotation.get("area") is None]
     for annotation in without_area:
         annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
     if without_area:
@@ -96,11 +96,11 @@ def complete_annotations(dataset: dict[str, Any]) -> None:
         )
     keypoints = count_keypoints(annotations)
     for annotation in annotations:
-        annotation.setdefault("iscrowd", 0)
+        annotation["iscrowd"] = annotation.get("iscrowd") or 0
         if not annotation.get("keypoints"):
             annotation["keypoints"] = [0] * (3 * keypoints)
             annotation["num_keypoints"] = 0
-        elif "num_keypoints" not in annotation:
+        elif annotation.get("num_keypoints") is None:
             annotation["num_keypoints"] = sum(v > 0 for v in annotation["keypoints"][2::3])
     if any(annotation["id"] == 0 for annotation in annotations):
         for number, annotation in enumerate(annotations, start=1):

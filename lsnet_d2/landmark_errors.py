@@ -163,7 +163,7 @@ def landmark_errors(coco: COCO, detections: Iterable[Detections]) -> dict[str, M
     Raises:
         UserError: the segmentation of a matched object is malformed.
     """
-    rows: dict[str, list[tuple[int, float, float]]] = {}
+    rows: dict[str, list[tuple[int | str, float, float]]] = {}
     for found in detections:
         image = coco.imgs[found.image_id]
         annotations = [a for a in coco.imgToAnns.get(found.image_id, ()) if _can_be_taken(a)]
@@ -181,11 +181,10 @@ def landmark_errors(coco: COCO, detections: Iterable[Detections]) -> dict[str, M
                 if np.isfinite(pixels):
                     percent = 100 * pixels / true.size
                     rows[name].append((annotation["category_id"], pixels, percent))
-    columns = {name: np.array(values).reshape(-1, 3).T for name, values in rows.items()}
     return {
-        name: MeasuredErrors(columns[name][0].astype(int), *columns[name][1:])
+        name: MeasuredErrors(*(np.array([row[i] for row in rows[name]]) for i in range(3)))
         for name, _ in LANDMARK_ERRORS.values()
-        if name in columns
+        if name in rows
     }
 
 

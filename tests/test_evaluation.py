@@ -147,6 +147,44 @@ def test_incomplete_ground_truth(coco):
     assert results["AP"] == results["APs"] == pytest.approx(100)
 
 
+def test_other_kinds_of_values_than_cocos_own(coco):
+    """As other tools write them; the loader takes them too."""
+    path = tiny_coco.json_file(coco, "val")
+    dataset = json.loads(path.read_text())
+    for image in dataset["images"]:
+        image |= {"id": f"photo {image['id']}", "date_captured": 0, "license": ""}
+    for category in dataset["categories"]:
+        category |= {"id": -category["id"], "supercategory": 1}
+    for annotation in dataset["annotations"]:
+        annotation["image_id"] = f"photo {annotation['image_id']}"
+        annotation["category_id"] *= -1
+        annotation |= {"id": f"object {annotation['id']}", "iscrowd": None, "area": None}
+    path.write_text(json.dumps(dataset))
+    outputs = [predictions(i, pred_contours=contour(i)) for i in (1, 2)]
+    for image, output in outputs:
+        # by ascending id the classes are in the opposite order
+        output["instances"].pred_classes = 79 - output["instances"].pred_classes
+        image["image_id"] = f"photo {image['image_id']}"
+    results = evaluate_tasks(coco, ("bbox", "segm"), *outputs)
+    assert results["bbox"]["AP"] == results["segm"]["AP"] == pytest.approx(100)
+    assert results["bbox"]["AP-person"] == results["bbox"]["AP-car"] == pytest.approx(100)
+    assert results["landmarks"]["contour_px-car"] == pytest.approx(0, abs=0.1)
+
+
+def test_classes_with_ids_of_text(coco):
+    path = tiny_coco.json_file(coco, "val")
+    dataset = json.loads(path.read_text())
+    for entry in dataset["categories"]:
+        entry["id"] = f"class {entry['id']:02}"
+    for annotation in dataset["annotations"]:
+        annotation["category_id"] = f"class {annotation['category_id']:02}"
+    path.write_text(json.dumps(dataset))
+    outputs = [predictions(i, pred_contours=contour(i)) for i in (1, 2)]
+    results = evaluate_tasks(coco, ("bbox", "segm"), *outputs)
+    assert results["segm"]["AP-person"] == results["segm"]["AP-car"] == pytest.approx(100)
+    assert results["landmarks"]["contour_objects-person"] == 1
+
+
 def test_without_annotations_only_results_are_written(coco):
     path = tiny_coco.json_file(coco, "val")
     dataset = json.loads(path.read_text())
