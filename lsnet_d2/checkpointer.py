@@ -155,7 +155,7 @@ class LSNetCheckpointer(DetectionCheckpointer):
         """
         self.resumed_from = None
         if resume:
-            self.resumed_from = self._find_for_all()
+            self.resumed_from = self.last_checkpoint()
             if self.resumed_from:
                 return self._resume(self.resumed_from)
             logger.info("No checkpoint in %s: starting from MODEL.WEIGHTS", self.save_dir)
@@ -165,8 +165,13 @@ class LSNetCheckpointer(DetectionCheckpointer):
             self.set_aside()
         return rest
 
-    def _find_for_all(self) -> str | None:
-        """What the main process finds, or raises, in every process: none waits for another."""
+    def last_checkpoint(self) -> str | None:
+        """:meth:`find_checkpoint` of the main process, in every process.
+
+        Raises:
+            CheckpointError: there are checkpoints, but none is whole.
+        """
+        # All raise what it raises: none waits for another.
         found, error = None, None
         if comm.is_main_process():
             try:

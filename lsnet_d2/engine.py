@@ -9,7 +9,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.engine.hooks import EvalHook, IterationTimer, LRScheduler, PeriodicWriter, PreciseBN
-from detectron2.evaluation import DatasetEvaluator
+from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.utils import comm
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
@@ -19,7 +19,7 @@ from .config_file import reporting_config_errors
 from .data.catalog import reporting_data_errors
 from .data.train_loader import TrainingLoader
 from .description import describe_model
-from .errors import ConfigError
+from .errors import CheckpointError, ConfigError
 from .evaluation import build_evaluator
 from .hooks import (
     BestMetric,
@@ -293,9 +293,12 @@ class LSNetTrainer(DefaultTrainer, StoppableTrainer):
             return build_optimizer(cfg, model)
 
 
-def evaluate(cfg: CfgNode) -> dict:
+def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict:
     """Results of ``MODEL.WEIGHTS`` on ``DATASETS.TEST``; with ``TEST.AUG.ENABLED`` also those of
-    :meth:`LSNetTrainer.test_with_TTA`.
+    :meth:`LSNetTrainer.test_with_TTA`. They are compared with ``TEST.EXPECTED_RESULTS``.
+
+    Args:
+        resume: take the last checkpoint in ``OUTPUT_DIR`` instead.
 
     Raises:
         CheckpointError: the weights are missing or not those of this model.
@@ -304,9 +307,14 @@ def evaluate(cfg: CfgNode) -> dict:
         raise ConfigError("DATASETS.TEST is empty")
     check_proposals(cfg)
     model = LSNetTrainer.build_model(cfg)
-    checkpointer = LSNetCheckpointer(model, cfg=cfg)
-    checkpointer.load(cfg.MODEL.WEIGHTS, checkpointables=[], strict=True)
+    checkpointer = LSNetCheckpointer(model, cfg.OUTPUT_DIR, cfg=cfg)
+    path = checkpointer.last_checkpoint() if resume else cfg.MODEL.WEIGHTS
+    if path is None:
+        raise CheckpointError(f"--resume: there is no checkpoint in {cfg.OUTPUT_DIR}")
+    checkpointer.load(path, checkpointables=[], strict=True)
     results = LSNetTrainer.test(cfg, model)
     if cfg.TEST.AUG.ENABLED:
         results.update(LSNetTrainer.test_with_TTA(cfg, model))
+    if comm.is_main_process():
+        verify_results(cfg, results)
     return results

@@ -11,18 +11,30 @@ from detectron2.utils.logger import setup_logger
 
 from .config_file import CHECKPOINT_SUFFIX, load_config
 from .errors import ConfigError
-from .files import require_writable
+from .files import atomic_write, require_writable
 from .solver import scale_schedule
 
 logger = logging.getLogger(__name__)
 
 
 def log_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """Detectron2's ``default_setup``, which would log a checkpoint given as ``config_file``."""
+    """Detectron2's ``default_setup``.
+
+    That would log a checkpoint given as ``config_file``, and write ``config.yaml`` for an
+    evaluation in the place of the training's, with which that goes on.
+    """
     if args.config_file.endswith(CHECKPOINT_SUFFIX):
         logger.info("The config is that of %s", args.config_file)
         args = argparse.Namespace(**{**vars(args), "config_file": ""})
+    file = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
+    of_training = None
+    if getattr(args, "eval_only", False) and comm.is_main_process() and os.path.exists(file):
+        with open(file, "rb") as stream:
+            of_training = stream.read()
     default_setup(cfg, args)
+    if of_training is not None:
+        with atomic_write(file) as stream:
+            stream.write(of_training)
 
 
 def setup(args: argparse.Namespace) -> CfgNode:

@@ -50,8 +50,34 @@ def test_training_leaves_what_users_expect(coco):
     for name, value in trainer.model.state_dict().items():
         assert torch.equal(saved["model"][name], value)
     assert any(not torch.equal(before[k], v) for k, v in saved["model"].items())
-    results = evaluate(registered_cfg(coco, "MODEL.WEIGHTS", str(output / "model_final.pth")))
+    cfg = registered_cfg(coco, "MODEL.WEIGHTS", str(output / "model_final.pth"))
+    results = evaluate(cfg)
     assert "AP" in results["bbox"]
+
+    cfg.TEST.EXPECTED_RESULTS = [["bbox", "AP", 99.0, 0.1]]
+    with pytest.raises(SystemExit):
+        evaluate(cfg)
+
+
+def test_evaluation_of_what_would_be_resumed(coco, monkeypatch):
+    trainer = tiny_trainer(coco)
+    trainer.train()
+    loaded = []
+    load = LSNetCheckpointer.load
+    cfg = trainer.cfg.clone()
+
+    def noted(self, path, *args, **kwargs):
+        loaded.append(path)
+        return load(self, path, *args, **kwargs)
+
+    monkeypatch.setattr(LSNetCheckpointer, "load", noted)
+    evaluate(cfg, resume=True)
+    assert loaded == [str(coco / "output" / "model_final.pth")]
+
+    cfg.defrost()
+    cfg.OUTPUT_DIR = str(coco / "empty")
+    with pytest.raises(CheckpointError, match="--resume: there is no checkpoint in .*empty"):
+        evaluate(cfg, resume=True)
 
 
 def test_training_resumes_after_damage(coco, caplog):

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
     with reporting_once():
         cfg = setup(args)
         if args.eval_only:
-            evaluate(cfg)
+            evaluate(cfg, resume=args.resume)
         else:
             trainer = LSNetTrainer(cfg)
             trainer.resume_or_load(resume=args.resume)

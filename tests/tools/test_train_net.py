@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import tiny_coco
 import torch
@@ -62,9 +63,13 @@ def test_train_then_evaluate_then_resume(data):
     assert "AP,AP50,AP75" in result.stdout
     final = data / "output" / "model_final.pth"
 
+    before = (data / "output" / "config.yaml").read_text()
     result = train(data, "--eval-only", opts=["MODEL.WEIGHTS", final])
     assert result.returncode == 0, result.stderr
     assert "AP,AP50,AP75" in result.stdout
+    # --resume can be given the config of the training still
+    assert (data / "output" / "config.yaml").read_text() == before
+    assert str(final) not in before
 
     result = train(data, "--resume", opts=["SOLVER.MAX_ITER", 5])
     assert result.returncode == 0, result.stderr
@@ -252,7 +257,23 @@ def test_two_processes_on_cpu(data):
     rows = [json.loads(row) for row in (data / "output" / "metrics.json").open()]
     assert any("total_loss" in row for row in rows)
     assert torch.load(data / "output" / "model_final.pth", weights_only=True)["iteration"] == 2
-    assert (
-        json.loads((data / "output" / "inference" / "coco_instances_results.json").read_text())
-        == []
-    )
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one(data):
+    """All that is found comes together, landmarks too."""
+    cfg = load_config(str(tiny_coco.write_config(data, "LSNet")), ["MODEL.DEVICE", "cpu"])
+    LSNetCheckpointer(tiny_coco.make_finding_model(cfg, seed=1), str(data)).save("weights")
+    opts = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", data / "weights.pth"]
+    opts += ["MODEL.LSNET.SCORE_THRESH_TEST", "0.0"]
+    file = data / "output" / "inference" / "coco_instances_results.json"
+    found = []
+    for processes in (1, 2):
+        args = ["--eval-only", "--num-gpus", processes, "--dist-url", "auto"]
+        result = train(data, *args, opts=opts, architecture="LSNet")
+        assert result.returncode == 0, result.stderr
+        found.append(json.loads(file.read_text()))
+        file.unlink()
+    assert {entry["image_id"] for entry in found[0]} == {1, 2}
+    assert np.ptp([len(entry["extreme_points"]) for entry in found[0]]) == 0
+    assert found[1] == found[0]
