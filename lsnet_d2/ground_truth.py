@@ -78,10 +78,11 @@ def count_keypoints(annotations: list[dict]) -> int:
 def complete_annotations(dataset: dict[str, Any]) -> None:
     """Give annotations what pycocotools needs, in place.
 
-    ``iscrowd`` is 0 where it is missing or null, and ``area`` that of the box, which only sorts objects
-    into small, medium and large, and sets the scale of OKS. If some have keypoints, the others get
-    ones that are not labelled; ``num_keypoints`` is counted where it is missing. If an id is 0,
-    which pycocotools takes for "not matched", ids are numbered anew.
+    ``iscrowd`` is 0 where it is missing or null, and ``area`` that of the box, which only sorts
+    objects into small, medium and large, and sets the scale of OKS. If some have keypoints, the
+    others get ones that are not labelled; ``num_keypoints`` is counted where it is missing. If an
+    id is 0, which pycocotools takes for "not matched", ids are numbered anew. What is to be ignored
+    becomes a crowd: pycocotools does not look at ``ignore``.
     """
     dataset.setdefault("info", {})
     annotations = dataset["annotations"]
@@ -96,7 +97,7 @@ def complete_annotations(dataset: dict[str, Any]) -> None:
         )
     keypoints = count_keypoints(annotations)
     for annotation in annotations:
-        annotation["iscrowd"] = annotation.get("iscrowd") or 0
+        annotation["iscrowd"] = int(bool(annotation.get("iscrowd") or annotation.get("ignore")))
         if not annotation.get("keypoints"):
             annotation["keypoints"] = [0] * (3 * keypoints)
             annotation["num_keypoints"] = 0

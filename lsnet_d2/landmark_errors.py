@@ -11,8 +11,8 @@ square root of the area of its box. Every object has the same weight in a mean.
 
 - contour: mean of two means, of the distances from the predicted vertices to the true outline, and
   from OUTLINE_SAMPLES points spread evenly over the true outline to the predicted one. The true
-  outline is that of all parts of the object, for masks the outer one; how it was sampled matters
-  in neither direction.
+  outline is that of all parts of the object and of the holes in them; how it was sampled matters in
+  neither direction.
 - extreme points: mean distance of the four points to those of the object's segmentation. Objects
   with a box only do not count.
 - keypoints: mean distance over the object's labelled keypoints, hidden ones included.

@@ -12,6 +12,7 @@ from pycocotools import mask as mask_util
 
 import lsnet_d2.evaluation
 from lsnet_d2.config_file import load_config
+from lsnet_d2.data.coco_json import register_lsnet_instances
 from lsnet_d2.errors import ConfigError, UserError
 from lsnet_d2.evaluation import (
     COCO_OKS_SIGMAS,
@@ -169,6 +170,23 @@ def test_other_kinds_of_values_than_cocos_own(coco):
     assert results["bbox"]["AP"] == results["segm"]["AP"] == pytest.approx(100)
     assert results["bbox"]["AP-person"] == results["bbox"]["AP-car"] == pytest.approx(100)
     assert results["landmarks"]["contour_px-car"] == pytest.approx(0, abs=0.1)
+
+
+def test_objects_to_ignore_are_no_misses(coco):
+    """As in training and in the errors of landmarks."""
+
+    def ignore_the_second(annotation):
+        annotation["ignore"] = int(annotation["id"] == 2)
+
+    change_annotations(coco, ignore_the_second)
+    images = MetadataCatalog.get("tiny_eval").image_root
+    DatasetCatalog.remove("tiny_eval")
+    MetadataCatalog.remove("tiny_eval")
+    # Detectron2's loader refuses such files
+    register_lsnet_instances("tiny_eval", tiny_coco.json_file(coco, "val"), images)
+    results = evaluate_tasks(coco, ("bbox",), predictions(1, 4.0))
+    assert results["bbox"]["AP"] == pytest.approx(50)
+    assert results["bbox"]["AP-car"] != results["bbox"]["AP-car"]
 
 
 def test_classes_with_ids_of_text(coco):
