@@ -28,7 +28,9 @@ def _texts(names: Any) -> list[str]:
 # not be read back with weights_only.
 _FIELDS: dict[str, Callable[[Any], Any]] = {
     "thing_classes": _texts,
-    "thing_dataset_id_to_contiguous_id": lambda ids: {int(k): int(v) for k, v in ids.items()},
+    "thing_dataset_id_to_contiguous_id": lambda ids: {
+        k if isinstance(k, str) else int(k): int(v) for k, v in ids.items()
+    },
     "keypoint_names": _texts,
     "keypoint_flip_map": lambda pairs: [(str(a), str(b)) for a, b in pairs],
     "keypoint_connection_rules": lambda bones: [

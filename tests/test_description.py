@@ -1,3 +1,4 @@
+import json
 import re
 import shutil
 from argparse import Namespace
@@ -106,6 +107,22 @@ def test_a_data_set_that_is_here_goes_before_what_the_checkpoint_says(checkpoint
     MetadataCatalog.pop("elsewhere")
 
 
+def test_classes_of_a_file_that_has_changed_are_not_the_checkpoints(checkpoint, tmp_path, caplog):
+    """A category was deleted since: all behind it would have the name of their neighbour."""
+    path, images = write_own_data(tmp_path, "val", 1)
+    data = json.loads(path.read_text())
+    gone = data["categories"].pop(0)
+    data["annotations"] = [a for a in data["annotations"] if a["category_id"] != gone["id"]]
+    path.write_text(json.dumps(data))
+    register_lsnet_instances("elsewhere", path, images)
+    predict = LSNetPredictor(checkpoint, device="cpu")
+    assert predict.metadata.thing_classes == NAMES
+    assert predict.metadata.thing_dataset_id_to_contiguous_id == IDS
+    assert "elsewhere has other classes than the checkpoint" in caplog.text
+    DatasetCatalog.remove("elsewhere")
+    MetadataCatalog.pop("elsewhere")
+
+
 def test_names_and_ids_are_from_one_source(checkpoint):
     MetadataCatalog.get("elsewhere").set(thing_classes=["one", "other", "third"])
     predict = LSNetPredictor(checkpoint, device="cpu")
@@ -180,7 +197,7 @@ def test_keys_of_another_version_are_left_out(tmp_path, caplog):
 def test_metadata_of_an_unusual_form_are_left_out(own_data, caplog):
     sigmas = np.array([0.1, 0.2])
     MetadataCatalog.get("odd").set(
-        thing_dataset_id_to_contiguous_id={"a": 0}, keypoint_oks_sigmas=sigmas
+        thing_dataset_id_to_contiguous_id={None: 0}, keypoint_oks_sigmas=sigmas
     )
     cfg = get_cfg()
     cfg.DATASETS.TRAIN = ("odd",)

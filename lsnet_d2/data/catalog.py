@@ -59,8 +59,22 @@ def load_metadata(dataset_name: str, described: Mapping[str, Any] | None = None)
 
     Args:
         described: what a checkpoint says (:func:`lsnet_d2.description.described_metadata`), for
-            where there is no file.
+            where there is no file, or one with other classes.
     """
+    metadata = _read_metadata(dataset_name, described)
+    classes = (described or {}).get("thing_classes")
+    found = metadata.get("thing_classes")
+    if classes and found and list(found) != classes:
+        logger.warning(
+            "Data set %s has other classes than the checkpoint, whose names are used: %s",
+            dataset_name,
+            ", ".join(classes),
+        )
+        return Metadata(**{**metadata.as_dict(), **described})
+    return metadata
+
+
+def _read_metadata(dataset_name: str, described: Mapping[str, Any] | None) -> Metadata:
     metadata = MetadataCatalog.get(dataset_name)
     has_names = bool(metadata.get("thing_classes"))
     has_ids = bool(metadata.get("thing_dataset_id_to_contiguous_id"))
