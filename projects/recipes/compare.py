@@ -220,7 +220,7 @@ def main() -> None:
     comparison = Comparison(
         trainings, choose(plan, args), tuple(dict.fromkeys(args.seeds or plan.seeds))
     )
-    trainings.prepare(comparison.variants)
+    trainings.prepare(comparison.variants, time=not args.table)
     if not args.table:
         comparison.run()
     comparison.report()

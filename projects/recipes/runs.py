@@ -41,7 +41,7 @@ _TIMELESS = tuple(
 )
 _SCHEDULE = (
     *("SOLVER.MAX_ITER", "SOLVER.STEPS", "SOLVER.WARMUP_ITERS", "SOLVER.CHECKPOINT_PERIOD"),
-    "TEST.EVAL_PERIOD",
+    *("TEST.EVAL_PERIOD", "TEST.BEST_METRIC", "TEST.PATIENCE"),
 )
 
 Point = Mapping[str, str]
@@ -81,6 +81,10 @@ class Row:
     parameters: float | None = None
 
 
+class _NotTimedError(Exception):
+    """How many iterations a time gives is not known."""
+
+
 class Trainings:
     """Trains what a plan has, each in a process of its own, or finds that it has been trained."""
 
@@ -112,13 +116,17 @@ class Trainings:
         self.jobs = jobs
         self.timing_iterations = timing_iterations
         self.say = say
-        self._lengths: dict[tuple, int] = {}
+        self._lengths: dict[tuple, int | None] = {}
         self._processes: set[subprocess.Popen] = set()
         self._stopped = False
         self._starting = threading.Lock()  # none may start unseen while all are stopped
 
-    def prepare(self, variants: tuple[Variant, ...]) -> None:
+    def prepare(self, variants: tuple[Variant, ...], *, time: bool = True) -> None:
         """Check all configs, and settle how long is trained: one short run after the other.
+
+        Args:
+            time: whether these may be made. A variant of a length that is not known without has no
+                rows.
 
         Raises:
             ConfigError: a config is not valid.
@@ -129,7 +137,11 @@ class Trainings:
             self.config(variant, point)
         siblings = {(variant.group, variant.name): variant for variant in variants}
         for variant, point in points:
-            self._lengths[_key(variant, point)] = self._length(variant, point, siblings)
+            try:
+                length = self._length(variant, point, siblings, time)
+            except _NotTimedError:
+                length = None
+            self._lengths[_key(variant, point)] = length
 
     def config(self, variant: Variant, point: Point) -> CfgNode:
         """The checked config of a variant at a point of its grid, before its length is set."""
@@ -150,7 +162,7 @@ class Trainings:
         pairs = {**variant.opts, **point, **dict(zip(self.opts[::2], self.opts[1::2], strict=True))}
         return [word for pair in pairs.items() for word in pair]
 
-    def _length(self, variant: Variant, point: Point, siblings: dict) -> int:
+    def _length(self, variant: Variant, point: Point, siblings: dict, time: bool) -> int:
         budget = variant.budget
         if budget.iterations is not None:
             return budget.iterations
@@ -163,27 +175,31 @@ class Trainings:
                     f"{variant.group}: {variant.name}: its budget is like {budget.like!r}, which "
                     "is not among the variants chosen"
                 )
-            seconds = self._length(other, {}, siblings) * self.seconds_of_step(other, {})
+            iterations = self._length(other, {}, siblings, time)
+            seconds = iterations * self.seconds_of_step(other, {}, time)
         else:
             return self.config(variant, point).SOLVER.MAX_ITER
-        return max(round(seconds / self.seconds_of_step(variant, point)), 1)
+        return max(round(seconds / self.seconds_of_step(variant, point, time)), 1)
 
-    def seconds_of_step(self, variant: Variant, point: Point) -> float:
+    def seconds_of_step(self, variant: Variant, point: Point, time: bool = True) -> float:
         """Of a short run with nothing beside it, made once.
 
         Raises:
             UserError: it failed.
+            _NotTimedError: it has not been made, and may not be.
         """
         cfg = self.config(variant, point)
         name = _folder_name(variant, _hash(cfg, without=(*_TIMELESS, *_SCHEDULE)))
         folder = self.output / self.version.key / "timings" / name
         report = folder.with_name(f"{name}.json")
         if not report.exists():
+            if not time:
+                raise _NotTimedError
             shutil.rmtree(folder, ignore_errors=True)
             self.say(f"{variant.group}: {variant.name}: timing {self.timing_iterations} iterations")
             schedule = schedule_of_length(cfg, self.timing_iterations)
             load = os.getloadavg()[0]
-            opts = [*_words({**schedule, "TEST.EVAL_PERIOD": 0}), "DATASETS.TEST", "()"]
+            opts = [*_words({**schedule, **_evaluations(0)}), "DATASETS.TEST", "()"]
             status = self._run(variant, point, folder, seed=1, opts=opts, jobs=1)
             seconds = step_seconds(read_metrics(folder))
             if status or not seconds:
@@ -202,10 +218,12 @@ class Trainings:
 
     def _schedule(self, cfg: CfgNode, iterations: int) -> list[str]:
         period = math.ceil(iterations / self.evaluations) if self.evaluations > 1 else 0
-        return _words({**schedule_of_length(cfg, iterations), "TEST.EVAL_PERIOD": period})
+        return _words({**schedule_of_length(cfg, iterations), **_evaluations(period)})
 
     def find(self, variant: Variant, point: Point, seed: int) -> Row | None:
         """What a finished training has left."""
+        if self._lengths[_key(variant, point)] is None:
+            return None
         report = self.folder(variant, point, seed) / "row.json"
         return read_row(report) if report.exists() else None
 
@@ -356,6 +374,11 @@ def _key(variant: Variant, point: Point) -> tuple:
 
 def _folder_name(variant: Variant, digest: str) -> str:
     return f"{slug(f'{variant.group} {variant.name}')}-{digest}"
+
+
+def _evaluations(period: int) -> dict[str, object]:
+    """The keys of evaluations at a period, of which none ends a training or keeps a checkpoint."""
+    return {"TEST.EVAL_PERIOD": period, "TEST.BEST_METRIC": "", "TEST.PATIENCE": 0}
 
 
 def _words(values: Mapping[str, object]) -> list[str]:

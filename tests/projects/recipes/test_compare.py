@@ -102,6 +102,30 @@ def test_minutes_become_iterations_and_finished_runs_are_kept(commands, tmp_path
     assert "| LSNet | 2 | 1,200 | 0.500 ± 0.000 | 10.0" in (tmp_path / "table.md").read_text()
 
 
+def test_a_table_alone_trains_nothing(commands, tmp_path):
+    """Nor does it time what has not been timed."""
+    timed = variant(budget=plan.Budget(minutes=10))
+    other = variant(
+        "another", budget=plan.Budget(like="LSNet"), opts={"MODEL.LSNET.NUM_CONVS": "2"}
+    )
+    train_all(tmp_path, timed)
+    trained = len(commands)
+    trainings = runs.Trainings(tmp_path, VERSION, opts=["MODEL.DEVICE", "cpu"])
+    comparison = compare.Comparison(trainings, (timed, other), (1,))
+    trainings.prepare((timed, other), time=False)
+    assert [row.name for row in comparison.rows()] == ["LSNet"]
+    assert len(commands) == trained
+
+
+def test_configs_that_keep_the_best_checkpoint(commands, tmp_path):
+    """They want evaluations, which the short run has none of; and all are trained as long."""
+    best = {"TEST.BEST_METRIC": "bbox/AP", "TEST.EVAL_PERIOD": "100", "TEST.PATIENCE": "2"}
+    rows = train_all(tmp_path, variant(opts=best, budget=plan.Budget(minutes=10))).rows()
+    assert [row.iterations for row in rows] == [1200]
+    for command in commands:
+        assert (command["TEST.BEST_METRIC"], command["TEST.PATIENCE"]) == ("", "0")
+
+
 def test_the_best_of_a_grid_is_trained_with_all_seeds(commands, tmp_path):
     grid = {"SOLVER.BASE_LR": ("0.02", "0.04", "0.2")}
     comparison = train_all(
