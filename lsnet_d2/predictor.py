@@ -87,7 +87,8 @@ class LSNetPredictor:
             cfg.MODEL.WEIGHTS = os.fspath(weights)
         self.score_thresh = score_thresh
         if score_thresh is not None:
-            for node in (cfg.MODEL.LSNET, cfg.MODEL.RETINANET, cfg.MODEL.ROI_HEADS):
+            model = cfg.MODEL
+            for node in (model.LSNET, model.RETINANET, model.FCOS, model.ROI_HEADS):
                 node.SCORE_THRESH_TEST = min(node.SCORE_THRESH_TEST, score_thresh)
         register_coco_files(cfg.DATASETS.COCO_FILES)
         check_config(cfg, need_data_sets=False)

@@ -4,6 +4,7 @@ import pytest
 import tiny_coco
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import build_model
 from own_data import KEYPOINTS, write_own_data
 from PIL import Image
 
@@ -206,3 +207,13 @@ def test_the_config_is_left_as_it_is(folder):
     before = cfg.dump()
     LSNetPredictor(cfg, weights=folder / "weights.pth", device="cpu", score_thresh=0.01)
     assert cfg.dump() == before
+
+
+def test_the_threshold_holds_for_fcos(tmp_path):
+    """Which would drop all below 0.2 by itself."""
+    config = str(tiny_coco.ROOT / "configs" / "quick" / "shapes_fcos.yaml")
+    cfg = load_config(config, ["MODEL.DEVICE", "cpu"], need_data_sets=False)
+    cfg.MODEL.FCOS.SCORE_THRESH_TEST = 0.2
+    LSNetCheckpointer(build_model(cfg), str(tmp_path)).save("fcos")
+    predict = LSNetPredictor(cfg, weights=tmp_path / "fcos.pth", device="cpu", score_thresh=0.05)
+    assert predict.model.test_score_thresh == 0.05

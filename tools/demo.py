@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -115,20 +116,26 @@ def plan_outputs(images: list[Path], output: str) -> dict[Path, Path]:
     """Where the picture of each image goes: below ``output`` as the images lie to one another.
 
     Raises:
-        UserError: an image would be overwritten, or ``output`` is a file but must be a folder.
+        UserError: an image would be overwritten, several would be written to one file, or
+            ``output`` is a file but must be a folder.
     """
     target = Path(output)
     if len(images) == 1 and target.suffix.lower() in WRITTEN_SUFFIXES and not target.is_dir():
         plan = {images[0]: target}
     else:
         require_folder(target)
-        root = os.path.commonpath([image.resolve().parent for image in images])
-        plan = {image: target / image.resolve().relative_to(root) for image in images}
+        # as they are named: where links lead may be one place, or say nothing
+        named = {image: Path(os.path.abspath(image)) for image in images}
+        root = os.path.commonpath([path.parent for path in named.values()])
+        plan = {image: target / path.relative_to(root) for image, path in named.items()}
     for image, file in plan.items():
         if file.suffix.lower() not in WRITTEN_SUFFIXES:
             plan[image] = file.with_name(file.name + ".png")
     sources = {image.resolve() for image in images}
+    counts = Counter(plan.values())
     for file in plan.values():
+        if counts[file] > 1:
+            raise UserError(f"{counts[file]} of the images would be written to {file}")
         if file.resolve() in sources:
             raise UserError(f"--output would overwrite the input {file}")
     return plan
@@ -216,6 +223,8 @@ def run_on_video(detector: Detector, source: str | int, output: str | None) -> N
         capture.release()
         if writer is not None:
             writer.release()
+        if partial is not None and sys.exc_info()[0] is not None:
+            partial.unlink(missing_ok=True)
     if count == 0:
         raise UserError(f"there is no readable frame in {source}")
     if target is not None:

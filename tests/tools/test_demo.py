@@ -13,6 +13,7 @@ from tiny_coco import ROOT, run_tool
 from lsnet_d2 import Results
 from lsnet_d2.checkpointer import LSNetCheckpointer
 from lsnet_d2.config_file import load_config
+from lsnet_d2.errors import UserError
 from lsnet_d2.modeling import LSNetWithTTA
 from lsnet_d2.visualizer import PALETTE
 
@@ -96,6 +97,37 @@ def test_images_are_read_as_in_training(folder, tmp_path):
     assert demo_tool.run_on_images(detector, [str(tmp_path / "deep.png")], str(output)) == 0
     with Image.open(output) as picture:
         assert picture.getcolors() == [(640 * 480, (128, 128, 128))]
+
+
+def test_pictures_are_named_as_images_are(tmp_path):
+    """Links, as caches have them, lead to files whose names say nothing."""
+    (tmp_path / "blob").write_bytes(b"")
+    images = [tmp_path / "val" / name for name in ("a.jpg", "b.jpg")]
+    images[0].parent.mkdir()
+    for image in images:
+        image.symlink_to(tmp_path / "blob")
+    out = tmp_path / "out"
+    planned = demo_tool.plan_outputs(images, str(out))
+    assert planned == {image: out / image.name for image in images}
+    same = [tmp_path / name for name in ("x.webp", "x.webp.png")]
+    with pytest.raises(UserError, match="2 of the images would be written to .*x.webp.png"):
+        demo_tool.plan_outputs(same, str(out))
+
+
+def test_a_video_that_fails_leaves_nothing(folder, monkeypatch, tmp_path):
+    detector = make_detector(folder, 0.99)
+    draw, calls = detector.draw, []
+
+    def fail_at_the_second(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise UserError("metadata of another skeleton")
+        return draw(*args)
+
+    monkeypatch.setattr(detector, "draw", fail_at_the_second)
+    with pytest.raises(UserError, match="another skeleton"):
+        demo_tool.run_on_video(detector, str(folder / "clip.avi"), str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_glob_threshold_and_output_file(folder):
