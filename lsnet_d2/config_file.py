@@ -246,7 +246,8 @@ def check_config(cfg: CfgNode, *, need_data_sets: bool = True) -> None:
     _check_evaluation(cfg)
     if cfg.SOLVER.CLIP_GRADIENTS.ENABLED:
         _check_choices(cfg, CLIP_CHOICES)
-    for key in ("SOLVER.IMS_PER_BATCH", "SOLVER.MAX_ITER", classes_key(cfg)):
+    counts = ("SOLVER.IMS_PER_BATCH", "SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD")
+    for key in (*counts, classes_key(cfg)):
         if _value(cfg, key) < 1:
             raise ConfigError(f"{key} is {_value(cfg, key)}; it must be 1 or more")
     if cfg.SOLVER.REFERENCE_IMS_PER_BATCH < 0:

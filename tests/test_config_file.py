@@ -91,6 +91,7 @@ def options(settings):
         (RESNET, "SOLVER.IMS_PER_BATCH", "0", "1 or more"),
         (RESNET, "SOLVER.REFERENCE_IMS_PER_BATCH", "-1", "0 for no scaling"),
         (RESNET, "SOLVER.MAX_ITER", "0", "1 or more"),
+        (RESNET, "SOLVER.CHECKPOINT_PERIOD", "0", "1 or more"),
         (RESNET, "SOLVER.LR_SCHEDULER_NAME", "Nope", "WarmupCosineLR"),
         (RESNET, "INPUT.FORMAT", "XYZ", "RGB, BGR"),
         (RESNET, "INPUT.RANDOM_FLIP", "sideways", "horizontal, vertical, none"),

@@ -15,7 +15,7 @@ from pycocotools.cocoeval import COCOeval
 from tabulate import tabulate
 from tqdm import tqdm
 
-from lsnet_d2.data.annotation_checks import raise_problems
+from lsnet_d2.data.annotation_checks import raise_problems, read_boxes
 from lsnet_d2.data.coco_json import read_coco_json
 from lsnet_d2.data.contours import CONTOUR_METHODS, MAX_POINTS, MIN_POINTS, resample_contour
 from lsnet_d2.data.polygons import bounding_box, segmentation_to_outlines
@@ -71,6 +71,9 @@ def read_objects(json_file: str) -> tuple[COCO, list[Object]]:
             size = sizes[annotation["image_id"]]
             segmentation = annotation.get("segmentation")
             parts, holes = segmentation_to_outlines(segmentation, *size)
+            _, malformed = read_boxes([annotation["bbox"]])
+            if malformed:
+                raise ValueError(malformed[0])
         except ValueError as error:
             problems.append(f"annotation {annotation['id']}: {error}")
             continue

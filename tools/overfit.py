@@ -81,7 +81,7 @@ def main() -> None:
     # In the config that is saved, so that other tools know the data.
     given = merge_config(args.config_file, args.opts)
     files = [[DATASET, os.path.abspath(subset), os.path.abspath(args.images)]]
-    files += given.DATASETS.COCO_FILES
+    files += [file for file in given.DATASETS.COCO_FILES if file[0] != DATASET]  # an earlier one's
 
     opts = [] if "SOLVER.MAX_ITER" in args.opts else short_schedule(given)
     opts += ["DATASETS.TRAIN", f"('{DATASET}',)", "DATASETS.TEST", f"('{DATASET}',)"]

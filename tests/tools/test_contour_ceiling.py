@@ -133,3 +133,8 @@ def test_bad_input(coco, tmp_path, monkeypatch, capsys):
     coco.write_text(json.dumps(data))
     assert run_here(monkeypatch, coco) == 2
     assert "annotation 5: image 9 is not in the file" in capsys.readouterr().err
+
+    data["annotations"][0].update(segmentation=[[1, 1, 9, 1, 9, 9]], image_id=1, bbox=None)
+    coco.write_text(json.dumps(data))
+    assert run_here(monkeypatch, coco) == 2
+    assert "annotation 5: its box None is not four finite numbers" in capsys.readouterr().err

@@ -67,6 +67,22 @@ def test_trains_and_evaluates_on_the_same_images(data):
     assert "AP,AP50,AP75" in result.stdout
     subset = json.loads((output / "annotations.json").read_text())
     assert [image["id"] for image in subset["images"]] == [1, 2]
+    # Of a config that this has written, the data of then are not those of now.
+    again = run_tool(
+        "overfit.py",
+        tiny_coco.json_file(data, "val"),
+        data / "coco" / "val2017",
+        *("--config-file", output / "config.yaml", "--output", data / "other"),
+        *("--opts", "SOLVER.MAX_ITER", 1),
+    )
+    assert again.returncode == 0, again.stderr
+    saved = load_config(str(data / "other" / "config.yaml"), ["MODEL.DEVICE", "cpu"])
+    files = {name: (file, images) for name, file, images in saved.DATASETS.COCO_FILES}
+    assert files["overfit"] == (
+        str(data / "other" / "annotations.json"),
+        str(data / "coco" / "val2017"),
+    )
+    assert files["mine"] == ("a.json", "images") and len(saved.DATASETS.COCO_FILES) == 2
     # The checkpoint that is left serves other tools.
     result = run_tool(
         "train_net.py",
