@@ -127,6 +127,9 @@ def add_lsnet_config(cfg: CN) -> None:
     # Anchor points kept per pyramid level before NMS.
     cfg.MODEL.LSNET.TOPK_CANDIDATES_TEST = 1000
     cfg.MODEL.LSNET.NMS_THRESH_TEST = 0.6
+    # Multiply the scores of what NMS keeps by exp(-IOU^2 / sigma), of the largest IOU with a better
+    # detection of the class (as in Soft-NMS, arXiv 1704.04503). 0: leave them.
+    cfg.MODEL.LSNET.SOFT_NMS_SIGMA_TEST = 0.0
     # Detections whose box has no larger area, in square pixels of the original image, are
     # dropped (1024 in the released code's evaluation of poses).
     cfg.MODEL.LSNET.MIN_BOX_AREA_TEST = 0.0

@@ -278,6 +278,9 @@ def _check_lsnet(cfg: CfgNode) -> None:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     _check_choices(cfg, LSNET_CHOICES)
+    sigma = cfg.MODEL.LSNET.SOFT_NMS_SIGMA_TEST
+    if not sigma >= 0:
+        raise ConfigError(f"MODEL.LSNET.SOFT_NMS_SIGMA_TEST is {sigma}; it must not be negative")
     levels = cfg.MODEL.LSNET.IN_FEATURES
     if len(levels) < _MIN_LEVELS:
         raise ConfigError(

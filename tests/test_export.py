@@ -42,7 +42,7 @@ MODELS = {
     "joint, polished": {
         **{**JOINT, "TOWER_CONV": "conv", "POLISH_IN_FEATURES": ["p3", "p4"]},
         **{"KEYPOINT_SEARCH": True, "KEYPOINT_SEARCH_CONVS": 1, "POLISH_GRID": 2},
-        **{"POLISH_STEPS": 2, "POLISH_REPEATS_TEST": 1},
+        **{"POLISH_STEPS": 2, "POLISH_REPEATS_TEST": 1, "SOFT_NMS_SIGMA_TEST": 1.0},
     },
 }
 FAST = ["plain towers"]

@@ -18,6 +18,7 @@ from .polish import Polish, build_polish
 from .postprocessing import (
     clip_boxes,
     make_instances,
+    overlap_decay,
     rescale_instances,
     select_detections,
     top_points,
@@ -59,6 +60,7 @@ class LSNet(DenseDetector):
         test_min_box_area: float = 0.0,
         test_quality_share: float = 0.3,
         test_polish_repeats: int = 0,
+        test_soft_nms_sigma: float = 0.0,
         max_detections_per_image: int = 100,
         pixel_mean: list[float],
         pixel_std: list[float],
@@ -75,6 +77,7 @@ class LSNet(DenseDetector):
             test_min_box_area: in square pixels of the original image; detections need more.
             test_quality_share: of the third stage's judgement in scores, as an exponent.
             test_polish_repeats: how many times more the third stage makes its last step.
+            test_soft_nms_sigma: of :func:`.overlap_decay`; 0: scores do not decay.
             input_format: channel order of the images, for visualisation.
         """
         super().__init__(
@@ -94,6 +97,7 @@ class LSNet(DenseDetector):
         self.test_min_box_area = test_min_box_area
         self.test_quality_share = test_quality_share
         self.test_polish_repeats = test_polish_repeats
+        self.test_soft_nms_sigma = test_soft_nms_sigma
         self.max_detections_per_image = max_detections_per_image
         self.input_format = input_format
 
@@ -126,6 +130,7 @@ class LSNet(DenseDetector):
             "test_min_box_area": cfg.MODEL.LSNET.MIN_BOX_AREA_TEST,
             "test_quality_share": cfg.MODEL.LSNET.QUALITY_SHARE_TEST,
             "test_polish_repeats": cfg.MODEL.LSNET.POLISH_REPEATS_TEST,
+            "test_soft_nms_sigma": cfg.MODEL.LSNET.SOFT_NMS_SIGMA_TEST,
             "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
@@ -256,6 +261,12 @@ class LSNet(DenseDetector):
             )
             boxes, landmarks = boxes[kept], [x[kept] for x in landmarks]
             landmark_scores = [x[kept] for x in landmark_scores]
+        if self.test_soft_nms_sigma:
+            decay = overlap_decay(boxes, classes, self.test_soft_nms_sigma)
+            scores, order = (scores * decay).sort(descending=True)
+            boxes, classes = boxes[order], classes[order]
+            landmarks = [x[order] for x in landmarks]
+            landmark_scores = [(x * decay)[order] for x in landmark_scores]
         return boxes, scores, classes, landmarks, landmark_scores
 
     def polished(

@@ -297,6 +297,31 @@ def test_scores_join_class_and_quality():
         torch.testing.assert_close(joined.get(field).sort().values, expected.sort().values)
 
 
+def test_what_is_found_beside_better_ones_scores_less():
+    """The same is found, in the order of the new scores, and those of all branches decay alike."""
+    model = detecting_model()
+    inputs = [make_input(BOXES, [0, 1, 2])]
+
+    def detect(sigma):
+        model.test_soft_nms_sigma = sigma
+        with torch.no_grad():
+            return model(inputs)[0]["instances"]
+
+    plain, decayed = detect(0.0), detect(0.5)
+    assert len(plain) == len(decayed) > 10
+    boxes = plain.pred_boxes.tensor
+    same = (decayed.pred_boxes.tensor[:, None] == boxes).all(dim=2)
+    same &= decayed.pred_classes[:, None] == plain.pred_classes
+    assert (same.sum(dim=1) == 1).all()
+    before = plain[same.int().argmax(dim=1)]
+    factor = decayed.scores / before.scores
+    assert factor.max() == 1 and factor.min() < 0.9
+    assert (decayed.scores.diff() <= 0).all()
+    for field in ("contour_scores", "pose_scores"):
+        torch.testing.assert_close(decayed.get(field), before.get(field) * factor)
+    torch.testing.assert_close(decayed.pred_contours, before.pred_contours)
+
+
 def test_detections_that_meet_are_one():
     """The third stage moves all of a class to one place."""
     model = detecting_model()

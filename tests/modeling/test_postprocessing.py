@@ -5,6 +5,7 @@ from parity import Recorded
 from lsnet_d2.modeling.branches import ExtremeBranch
 from lsnet_d2.modeling.postprocessing import (
     make_instances,
+    overlap_decay,
     rescale_instances,
     select_detections,
     top_points,
@@ -34,6 +35,26 @@ def test_one_point_can_be_of_two_classes():
     )
     assert point.tolist() == [0, 0] and classes.tolist() == [1, 0]
     assert scores.tolist() == pytest.approx([0.6, 0.3])
+
+
+class TestOverlapDecay:
+    # the second overlaps the first by a half, the third both, most with the second
+    BOXES = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 5], [0, 0, 10, 4], [50, 50, 60, 60]])
+
+    def test_by_the_best_detection_that_overlaps_most(self):
+        decay = overlap_decay(self.BOXES, torch.zeros(4, dtype=torch.int64), sigma=0.5)
+        overlaps = torch.tensor([0.0, 0.5, 0.8, 0.0])
+        torch.testing.assert_close(decay, (-(overlaps**2) / 0.5).exp())
+
+    def test_by_those_of_the_same_class(self):
+        decay = overlap_decay(self.BOXES, torch.tensor([0, 1, 0, 0]), sigma=1.0)
+        overlaps = torch.tensor([0.0, 0.0, 0.4, 0.0])
+        torch.testing.assert_close(decay, (-(overlaps**2)).exp())
+
+    def test_of_nothing(self):
+        assert overlap_decay(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), 1.0).shape == (
+            0,
+        )
 
 
 def test_top_points_per_level():
