@@ -165,7 +165,7 @@ class LSNetCheckpointer(DetectionCheckpointer):
             self.set_aside()
         return rest
 
-    def last_checkpoint(self) -> str | None:
+    def last_checkpoint(self, *, clean: bool = True) -> str | None:
         """:meth:`find_checkpoint` of the main process, in every process.
 
         Raises:
@@ -175,7 +175,7 @@ class LSNetCheckpointer(DetectionCheckpointer):
         found, error = None, None
         if comm.is_main_process():
             try:
-                found = self.find_checkpoint()
+                found = self.find_checkpoint(clean=clean)
             except CheckpointError as exception:
                 error = exception
         found, error = comm.all_gather((found, error))[0]
@@ -226,9 +226,13 @@ class LSNetCheckpointer(DetectionCheckpointer):
             )
         return rest
 
-    def find_checkpoint(self) -> str | None:
-        """The file to go on from, or None where nothing was saved. Removes partial files."""
-        for name in remove_partial_files(self.save_dir):
+    def find_checkpoint(self, *, clean: bool = True) -> str | None:
+        """The file to go on from, or None where nothing was saved.
+
+        Args:
+            clean: whether partial files are removed. A training that runs may be writing one.
+        """
+        for name in remove_partial_files(self.save_dir) if clean else ():
             logger.warning("Removed %s, a checkpoint cut short in %s", name, self.save_dir)
         files = self._checkpoints()
         if self.has_checkpoint():

@@ -308,7 +308,7 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict:
     check_proposals(cfg)
     model = LSNetTrainer.build_model(cfg)
     checkpointer = LSNetCheckpointer(model, cfg.OUTPUT_DIR, cfg=cfg)
-    path = checkpointer.last_checkpoint() if resume else cfg.MODEL.WEIGHTS
+    path = checkpointer.last_checkpoint(clean=False) if resume else cfg.MODEL.WEIGHTS
     if path is None:
         raise CheckpointError(f"--resume: there is no checkpoint in {cfg.OUTPUT_DIR}")
     checkpointer.load(path, checkpointables=[], strict=True)

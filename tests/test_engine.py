@@ -71,7 +71,11 @@ def test_evaluation_of_what_would_be_resumed(coco, monkeypatch):
         return load(self, path, *args, **kwargs)
 
     monkeypatch.setattr(LSNetCheckpointer, "load", noted)
+    # A training may still be running there.
+    being_written = coco / "output" / ".model_0000009.pth.partial"
+    being_written.touch()
     evaluate(cfg, resume=True)
+    assert being_written.exists()
     assert loaded == [str(coco / "output" / "model_final.pth")]
 
     cfg.defrost()
