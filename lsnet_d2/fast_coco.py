@@ -13,11 +13,11 @@ import hotcoco
 from detectron2.evaluation.coco_evaluation import COCOevalMaxDets
 from pycocotools.coco import COCO
 
-# What of annotations and results is matched, besides ids, scores and "iscrowd".
+# What of an annotation matching looks at for each task.
 _MATCHED = {
-    "bbox": ("bbox", "area"),
-    "segm": ("bbox", "area", "segmentation"),
-    "keypoints": ("bbox", "area", "keypoints", "num_keypoints"),
+    "bbox": ("iscrowd", "area", "bbox"),
+    "segm": ("iscrowd", "area", "bbox", "segmentation"),
+    "keypoints": ("iscrowd", "area", "bbox", "keypoints", "num_keypoints"),
 }
 
 
@@ -26,7 +26,8 @@ class FastCOCOeval(COCOevalMaxDets):
     ``stats``. It has no ``evalImgs`` and ``ious``.
 
     Args:
-        ground_truth: indexed; it is not written into.
+        ground_truth: indexed, with what :func:`~lsnet_d2.ground_truth.complete_annotations` adds;
+            it is not written into.
         results: as in COCO's results file, with the keys of the task.
         task: "bbox", "segm" or "keypoints".
     """
@@ -48,20 +49,21 @@ class FastCOCOeval(COCOevalMaxDets):
         # in the order of the ids, in which pycocotools goes through them
         images = {image: n for n, image in enumerate(sorted(self.cocoGt.imgs), start=1)}
         categories = {category: n for n, category in enumerate(sorted(self.cocoGt.cats), start=1)}
-        annotations = self._numbered(self.cocoGt.dataset["annotations"], images, categories)
+        keys = ("image_id", "category_id", *_MATCHED[self.params.iouType])
+        annotations = [{key: a[key] for key in keys} for a in self.cocoGt.dataset["annotations"]]
+        annotations = _renumbered(annotations, images, categories)
         true = hotcoco.COCO(
             {
                 "images": [
-                    {key: int(image[key]) for key in ("height", "width") if key in image}
-                    | {"id": images[image["id"]]}
-                    for image in self.cocoGt.imgs.values()
+                    {"id": images[i], "height": int(image["height"]), "width": int(image["width"])}
+                    for i, image in self.cocoGt.imgs.items()
                 ],
                 "categories": [{"id": n, "name": str(n)} for n in categories.values()],
                 "annotations": [{**a, "id": n} for n, a in enumerate(annotations, start=1)],
             }
         )
-        found = self._numbered(self._results, images, categories)
-        self._matching = hotcoco.COCOeval(true, true.load_res(found), self.params.iouType)
+        found = true.load_res(_renumbered(self._results, images, categories))
+        self._matching = hotcoco.COCOeval(true, found, self.params.iouType)
         params = self._matching.params
         params.imgIds = sorted({images[image] for image in self.params.imgIds})
         params.catIds = sorted({categories[category] for category in self.params.catIds})
@@ -73,21 +75,17 @@ class FastCOCOeval(COCOevalMaxDets):
             params.kpt_oks_sigmas = self.params.kpt_oks_sigmas.tolist()
         self._matching.evaluate()
 
-    def _numbered(self, entries: list[dict], images: dict, categories: dict) -> list[dict]:
-        """Annotations or results of known images and classes, as far as matching sees them."""
-        keys = (*_MATCHED[self.params.iouType], "score")
-        numbered = []
-        for entry in entries:
-            image = images.get(entry["image_id"])
-            category = categories.get(entry["category_id"])
-            if image is not None and category is not None:
-                kept = {key: entry[key] for key in keys if key in entry}
-                if "iscrowd" in entry:
-                    kept["iscrowd"] = int(bool(entry["iscrowd"]))
-                numbered.append({**kept, "image_id": image, "category_id": category})
-        return numbered
-
     def accumulate(self) -> None:
         """Precision and recall by threshold, class, size and number of detections."""
         self._matching.accumulate()
         self.eval = {**self._matching.eval, "params": self.params}
+
+
+def _renumbered(entries: list[dict], images: dict, categories: dict) -> list[dict]:
+    """Annotations or results under other ids; without those of unknown images and classes."""
+    return [
+        entry | {"image_id": images[image], "category_id": categories[category]}
+        for entry in entries
+        if (image := entry["image_id"]) in images
+        and (category := entry["category_id"]) in categories
+    ]

@@ -40,6 +40,18 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
         raise
 
 
+@contextmanager
+def keeping(path: str | os.PathLike) -> Iterator[None]:
+    """Let a file have, after the block, what it had before; one that is not there may appear."""
+    content = Path(path).read_bytes() if os.path.isfile(path) else None
+    try:
+        yield
+    finally:
+        if content is not None and Path(path).read_bytes() != content:
+            with atomic_write(path) as file:
+                file.write(content)
+
+
 def remove_partial_files(folder: str | os.PathLike) -> list[str]:
     """Remove what killed writers left in ``folder``; returns the names."""
     leftovers = sorted(Path(folder).glob(f".*{PARTIAL_SUFFIX}"))

@@ -80,9 +80,8 @@ def complete_annotations(dataset: dict[str, Any]) -> None:
 
     ``iscrowd`` is 0 where it is missing or null, and ``area`` that of the box, which only sorts
     objects into small, medium and large, and sets the scale of OKS. If some have keypoints, the
-    others get ones that are not labelled; ``num_keypoints`` is counted where it is missing. If an
-    id is 0, which pycocotools takes for "not matched", ids are numbered anew. What is to be ignored
-    becomes a crowd: pycocotools does not look at ``ignore``.
+    others get ones that are not labelled; ``num_keypoints`` is counted where it is missing. What is
+    to be ignored becomes a crowd: pycocotools does not look at ``ignore``.
     """
     dataset.setdefault("info", {})
     annotations = dataset["annotations"]
@@ -103,9 +102,6 @@ def complete_annotations(dataset: dict[str, Any]) -> None:
             annotation["num_keypoints"] = 0
         elif annotation.get("num_keypoints") is None:
             annotation["num_keypoints"] = sum(v > 0 for v in annotation["keypoints"][2::3])
-    if any(annotation["id"] == 0 for annotation in annotations):
-        for number, annotation in enumerate(annotations, start=1):
-            annotation["id"] = number
 
 
 def coco_index(dataset: dict[str, Any]) -> COCO:

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+from contextlib import nullcontext
 
 from detectron2.config import CfgNode
 from detectron2.engine import default_setup
@@ -11,7 +12,7 @@ from detectron2.utils.logger import setup_logger
 
 from .config_file import CHECKPOINT_SUFFIX, load_config
 from .errors import ConfigError
-from .files import atomic_write, require_writable
+from .files import keeping, require_writable
 from .solver import scale_schedule
 
 logger = logging.getLogger(__name__)
@@ -26,15 +27,10 @@ def log_setup(cfg: CfgNode, args: argparse.Namespace) -> None:
     if args.config_file.endswith(CHECKPOINT_SUFFIX):
         logger.info("The config is that of %s", args.config_file)
         args = argparse.Namespace(**{**vars(args), "config_file": ""})
+    evaluates = getattr(args, "eval_only", False) and comm.is_main_process()
     file = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
-    of_training = None
-    if getattr(args, "eval_only", False) and comm.is_main_process() and os.path.exists(file):
-        with open(file, "rb") as stream:
-            of_training = stream.read()
-    default_setup(cfg, args)
-    if of_training is not None:
-        with atomic_write(file) as stream:
-            stream.write(of_training)
+    with keeping(file) if evaluates else nullcontext():
+        default_setup(cfg, args)
 
 
 def setup(args: argparse.Namespace) -> CfgNode:

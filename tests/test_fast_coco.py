@@ -135,6 +135,17 @@ def test_figures_are_those_of_pycocotools(seed, task, options):
         assert np.array_equal(ours.eval[name], theirs.eval[name]), name
 
 
+@pytest.mark.parametrize("task", ["bbox", "segm", "keypoints"])
+def test_ids_do_not_matter(task):
+    """pycocotools takes an object of id 0 for "not matched"."""
+    data, results = make_case(0)
+    found = columns(results, task)
+    stats = evaluate(lambda: FastCOCOeval(coco_index(data), found, task), task).stats.tolist()
+    annotations = [{**a, "id": a["id"] - 1} for a in data["annotations"]]
+    other = coco_index({**data, "annotations": annotations})
+    assert evaluate(lambda: FastCOCOeval(other, found, task), task).stats.tolist() == stats
+
+
 def test_nothing_is_written_into_data():
     data, results = make_case(0, images=5)
     before = repr(data), repr(results)

@@ -8,7 +8,7 @@ import pytest
 import tiny_coco
 
 from lsnet_d2.errors import UserError
-from lsnet_d2.files import atomic_write, make_folder, require_new_file, require_writable
+from lsnet_d2.files import atomic_write, keeping, make_folder, require_new_file, require_writable
 
 
 def test_make_folder(tmp_path):
@@ -19,6 +19,18 @@ def test_make_folder(tmp_path):
         make_folder(tmp_path / "file")
     with pytest.raises(UserError, match="cannot make this folder: Not a directory"):
         make_folder(tmp_path / "file" / "below")
+
+
+def test_keeping_a_file(tmp_path):
+    path = tmp_path / "config.yaml"
+    with keeping(path):
+        path.write_text("first")
+    assert path.read_text() == "first"
+    with pytest.raises(ZeroDivisionError), keeping(path):
+        path.write_text("second")
+        raise ZeroDivisionError
+    assert path.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_require_new_file(tmp_path):

@@ -2,8 +2,6 @@
 """Score ground-truth contours as detections: the best mask AP that a number of points allows."""
 
 import argparse
-import contextlib
-import io
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -11,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from tabulate import tabulate
 from tqdm import tqdm
 
@@ -20,6 +17,7 @@ from lsnet_d2.data.coco_json import read_coco_json
 from lsnet_d2.data.contours import CONTOUR_METHODS, MAX_POINTS, MIN_POINTS, resample_contour
 from lsnet_d2.data.polygons import bounding_box, segmentation_to_outlines
 from lsnet_d2.errors import UserError, exit_on_user_error
+from lsnet_d2.fast_coco import FastCOCOeval
 from lsnet_d2.ground_truth import coco_index, complete_annotations
 
 COLUMNS = ["method", "P", "AP", "AP50", "AP75", "APs", "APm", "APl"]
@@ -140,12 +138,11 @@ def score(truth: COCO, objects: list[Object], method: str, num_points: int) -> l
 
 def average_precisions(truth: COCO, detections: list[dict]) -> list[float]:
     """AP, AP50, AP75, and AP of small, medium and large objects; NaN where there are none."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = COCOeval(truth, truth.loadRes(detections), "segm")
-        # every object has its detection, also where there are more than COCO's 100 in an image
-        evaluation.params.maxDets = [max(Counter(d["image_id"] for d in detections).values())]
-        evaluation.evaluate()
-        evaluation.accumulate()
+    evaluation = FastCOCOeval(truth, detections, "segm")
+    # every object has its detection, also where there are more than COCO's 100 in an image
+    evaluation.params.maxDets = [max(Counter(d["image_id"] for d in detections).values())]
+    evaluation.evaluate()
+    evaluation.accumulate()
     precision = evaluation.eval["precision"][..., 0]  # threshold, recall, class, area
     at = {round(value, 2): i for i, value in enumerate(evaluation.params.iouThrs.tolist())}
     picked = [precision[..., 0], precision[at[0.5], ..., 0], precision[at[0.75], ..., 0]]

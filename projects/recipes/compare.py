@@ -214,13 +214,13 @@ def main() -> None:
         opts=opts,
         evaluations=plan.evaluations,
         jobs=args.jobs,
-        timing_iterations=args.timing_iterations,
+        timing_iterations=None if args.table else args.timing_iterations,
         say=say,
     )
     comparison = Comparison(
         trainings, choose(plan, args), tuple(dict.fromkeys(args.seeds or plan.seeds))
     )
-    trainings.prepare(comparison.variants, time=not args.table)
+    trainings.prepare(comparison.variants)
     if not args.table:
         comparison.run()
     comparison.report()

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -96,7 +97,7 @@ class Trainings:
         opts: list[str],
         evaluations: int = 1,
         jobs: int = 1,
-        timing_iterations: int = 60,
+        timing_iterations: int | None = 60,
         say: Callable[[str], None] = print,
     ) -> None:
         """
@@ -106,7 +107,8 @@ class Trainings:
             opts: keys and values in turn, over those of the variants.
             evaluations: in each training, the last at its end.
             jobs: trainings that run at once.
-            timing_iterations: of the short run that measures an iteration.
+            timing_iterations: of the short run that measures an iteration. None: none is made,
+                and what has not been timed has no rows.
             say: told what is going on.
         """
         self.output = output
@@ -116,17 +118,13 @@ class Trainings:
         self.jobs = jobs
         self.timing_iterations = timing_iterations
         self.say = say
-        self._lengths: dict[tuple, int | None] = {}
+        self._lengths: dict[tuple, int] = {}
         self._processes: set[subprocess.Popen] = set()
         self._stopped = False
         self._starting = threading.Lock()  # none may start unseen while all are stopped
 
-    def prepare(self, variants: tuple[Variant, ...], *, time: bool = True) -> None:
+    def prepare(self, variants: tuple[Variant, ...]) -> None:
         """Check all configs, and settle how long is trained: one short run after the other.
-
-        Args:
-            time: whether these may be made. A variant of a length that is not known without has no
-                rows.
 
         Raises:
             ConfigError: a config is not valid.
@@ -137,11 +135,8 @@ class Trainings:
             self.config(variant, point)
         siblings = {(variant.group, variant.name): variant for variant in variants}
         for variant, point in points:
-            try:
-                length = self._length(variant, point, siblings, time)
-            except _NotTimedError:
-                length = None
-            self._lengths[_key(variant, point)] = length
+            with suppress(_NotTimedError):
+                self._lengths[_key(variant, point)] = self._length(variant, point, siblings)
 
     def config(self, variant: Variant, point: Point) -> CfgNode:
         """The checked config of a variant at a point of its grid, before its length is set."""
@@ -162,7 +157,7 @@ class Trainings:
         pairs = {**variant.opts, **point, **dict(zip(self.opts[::2], self.opts[1::2], strict=True))}
         return [word for pair in pairs.items() for word in pair]
 
-    def _length(self, variant: Variant, point: Point, siblings: dict, time: bool) -> int:
+    def _length(self, variant: Variant, point: Point, siblings: dict) -> int:
         budget = variant.budget
         if budget.iterations is not None:
             return budget.iterations
@@ -175,13 +170,12 @@ class Trainings:
                     f"{variant.group}: {variant.name}: its budget is like {budget.like!r}, which "
                     "is not among the variants chosen"
                 )
-            iterations = self._length(other, {}, siblings, time)
-            seconds = iterations * self.seconds_of_step(other, {}, time)
+            seconds = self._length(other, {}, siblings) * self.seconds_of_step(other, {})
         else:
             return self.config(variant, point).SOLVER.MAX_ITER
-        return max(round(seconds / self.seconds_of_step(variant, point, time)), 1)
+        return max(round(seconds / self.seconds_of_step(variant, point)), 1)
 
-    def seconds_of_step(self, variant: Variant, point: Point, time: bool = True) -> float:
+    def seconds_of_step(self, variant: Variant, point: Point) -> float:
         """Of a short run with nothing beside it, made once.
 
         Raises:
@@ -193,7 +187,7 @@ class Trainings:
         folder = self.output / self.version.key / "timings" / name
         report = folder.with_name(f"{name}.json")
         if not report.exists():
-            if not time:
+            if self.timing_iterations is None:
                 raise _NotTimedError
             shutil.rmtree(folder, ignore_errors=True)
             self.say(f"{variant.group}: {variant.name}: timing {self.timing_iterations} iterations")
@@ -222,7 +216,7 @@ class Trainings:
 
     def find(self, variant: Variant, point: Point, seed: int) -> Row | None:
         """What a finished training has left."""
-        if self._lengths[_key(variant, point)] is None:
+        if _key(variant, point) not in self._lengths:
             return None
         report = self.folder(variant, point, seed) / "row.json"
         return read_row(report) if report.exists() else None

@@ -272,6 +272,14 @@ def test_unknown_features_are_named():
         polished_model(KEYPOINT_SEARCH_CONVS=-1)
 
 
+def detect(model, **settings):
+    """What it finds with other settings of its tests."""
+    for name, value in settings.items():
+        setattr(model, name, value)
+    with torch.no_grad():
+        return model([make_input(BOXES, [0, 1, 2])])[0]["instances"]
+
+
 def test_scores_join_class_and_quality():
     model = detecting_model(NMS_THRESH_TEST=1.0)
     of_class = torch.tensor([1.0, 0.9, 0.8])
@@ -280,14 +288,7 @@ def test_scores_join_class_and_quality():
         judge = step.branches[branch].quality
         torch.nn.init.zeros_(judge.weight)
         judge.bias.data.copy_(torch.logit(quality * of_class))
-    inputs = [make_input(BOXES, [0, 1, 2])]
-
-    def detect(share):
-        model.test_quality_share = share
-        with torch.no_grad():
-            return model(inputs)[0]["instances"]
-
-    plain, joined = detect(0.0), detect(0.3)
+    plain, joined = (detect(model, test_quality_share=share) for share in (0.0, 0.3))
     assert len(plain) == len(joined) > 10
     assert torch.equal(plain.contour_scores, plain.scores)
     # sorted, since their order is another one
@@ -300,14 +301,7 @@ def test_scores_join_class_and_quality():
 def test_what_is_found_beside_better_ones_scores_less():
     """The same is found, in the order of the new scores, and those of all branches decay alike."""
     model = detecting_model()
-    inputs = [make_input(BOXES, [0, 1, 2])]
-
-    def detect(sigma):
-        model.test_soft_nms_sigma = sigma
-        with torch.no_grad():
-            return model(inputs)[0]["instances"]
-
-    plain, decayed = detect(0.0), detect(0.5)
+    plain, decayed = (detect(model, test_soft_nms_sigma=sigma) for sigma in (0.0, 0.5))
     assert len(plain) == len(decayed) > 10
     boxes = plain.pred_boxes.tensor
     same = (decayed.pred_boxes.tensor[:, None] == boxes).all(dim=2)

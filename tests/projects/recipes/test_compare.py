@@ -110,9 +110,10 @@ def test_a_table_alone_trains_nothing(commands, tmp_path):
     )
     train_all(tmp_path, timed)
     trained = len(commands)
-    trainings = runs.Trainings(tmp_path, VERSION, opts=["MODEL.DEVICE", "cpu"])
+    options = {"opts": ["MODEL.DEVICE", "cpu"], "timing_iterations": None}
+    trainings = runs.Trainings(tmp_path, VERSION, **options)
     comparison = compare.Comparison(trainings, (timed, other), (1,))
-    trainings.prepare((timed, other), time=False)
+    trainings.prepare((timed, other))
     assert [row.name for row in comparison.rows()] == ["LSNet"]
     assert len(commands) == trained
 
