@@ -5,15 +5,23 @@ import pytest
 import tiny_coco
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import print_csv_format
 from detectron2.structures import Boxes, Instances
 from pycocotools import mask as mask_util
+from tiny_evaluation import (
+    add_keypoints,
+    change_annotations,
+    contour,
+    evaluate,
+    evaluate_tasks,
+    keypoints,
+    make_cfg,
+    predictions,
+    run,
+)
 
 import lsnet_d2.evaluation
-from lsnet_d2.config_file import load_config
 from lsnet_d2.data.coco_json import register_lsnet_instances
-from lsnet_d2.errors import ConfigError, UserError
 from lsnet_d2.evaluation import (
     COCO_OKS_SIGMAS,
     LSNetEvaluator,
@@ -21,81 +29,6 @@ from lsnet_d2.evaluation import (
     evaluation_tasks,
     oks_sigmas,
 )
-
-
-@pytest.fixture
-def coco(tmp_path):
-    tiny_coco.write_coco(tmp_path)
-    register_coco_instances(
-        "tiny_eval",
-        {},
-        str(tiny_coco.json_file(tmp_path, "val")),
-        str(tmp_path / "coco" / "val2017"),
-    )
-    yield tmp_path
-    DatasetCatalog.remove("tiny_eval")
-    MetadataCatalog.remove("tiny_eval")
-
-
-def make_cfg(folder, *opts):
-    return load_config(str(tiny_coco.write_config(folder)), ["MODEL.DEVICE", "cpu", *opts])
-
-
-def predictions(image_id, shift=0.0, **fields):
-    """The object of image ``image_id`` in the small data set, moved by ``shift`` pixels."""
-    instances = Instances(tiny_coco.SIZE)
-    x = 8 + 4 * image_id + shift
-    instances.pred_boxes = Boxes(torch.tensor([[x, 10.0, x + 24, 30.0]]))
-    instances.scores = torch.tensor([0.9])
-    instances.pred_classes = torch.tensor([0 if image_id % 2 else 2])
-    for name, value in fields.items():
-        instances.set(name, value)
-    return {"image_id": image_id}, {"instances": instances}
-
-
-def evaluate(folder, *outputs, **kwargs):
-    DatasetCatalog.get("tiny_eval")  # as the data loader does it
-    evaluator = build_evaluator(make_cfg(folder), "tiny_eval", str(folder / "results"), **kwargs)
-    return run(evaluator, *outputs)
-
-
-def evaluate_tasks(folder, tasks, *outputs, **kwargs):
-    DatasetCatalog.get("tiny_eval")
-    evaluator = LSNetEvaluator("tiny_eval", tasks=tasks, output_dir=str(folder / "out"), **kwargs)
-    return run(evaluator, *outputs)
-
-
-def run(evaluator, *outputs):
-    evaluator.reset()
-    for image, output in outputs:
-        evaluator.process([image], [output])
-    return evaluator.evaluate()
-
-
-def contour(image_id, dx=0.0, width=24.0):
-    """The outline of the object of an image, (1, 4, 2)."""
-    x = 8 + 4 * image_id + dx
-    return torch.tensor([[[x, 10.0], [x + width, 10], [x + width, 30], [x, 30]]])
-
-
-def change_annotations(folder, change):
-    path = tiny_coco.json_file(folder, "val")
-    dataset = json.loads(path.read_text())
-    for annotation in dataset["annotations"]:
-        change(annotation)
-    path.write_text(json.dumps(dataset))
-
-
-def add_keypoints(annotation):
-    """Three, at x + 2, x + 4 and (not labelled) 0; the second image's object has none."""
-    if annotation["id"] == 1:
-        x = annotation["bbox"][0]
-        annotation["keypoints"] = [x + 2 - 0.5, 14.5, 2, x + 4 - 0.5, 19.5, 1, 0, 0, 0]
-
-
-def keypoints(image_id, dx=0.0):
-    x = 8 + 4 * image_id + dx
-    return torch.tensor([[[x + 2, 15.0, 0.9], [x + 4, 20.0, 0.9], [50.0, 5.0, 0.9]]])
 
 
 def test_perfect_predictions(coco):
@@ -210,42 +143,6 @@ def test_without_annotations_only_results_are_written(coco):
     path.write_text(json.dumps(dataset))
     assert evaluate(coco, predictions(1)) == {}
     assert len(json.loads((coco / "results" / "coco_instances_results.json").read_text())) == 1
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (lambda d: d.pop("categories"), "'categories' is missing or empty"),
-        (lambda d: d.update(images=[]), "'images' is missing or empty"),
-        (lambda d: d["annotations"][1].pop("bbox"), "annotation 2 has no 'bbox'"),
-        (lambda d: d["annotations"][1].pop("id"), "annotation number 1 has no 'id'"),
-        (lambda d: d["annotations"][1].update(bbox=[1, 2, 3]), "(?s:.*)annotation 2: its box"),
-    ],
-)
-def test_unusable_ground_truth(coco, change, message):
-    path = tiny_coco.json_file(coco, "val")
-    dataset = json.loads(path.read_text())
-    change(dataset)
-    path.write_text(json.dumps(dataset))
-    with pytest.raises(UserError, match=f"instances_val2017.json: {message}"):
-        build_evaluator(make_cfg(coco), "tiny_eval")
-
-
-def test_missing_or_truncated_file(coco):
-    path = tiny_coco.json_file(coco, "val")
-    path.write_text(path.read_text()[:100])
-    with pytest.raises(UserError, match="not complete JSON"):
-        build_evaluator(make_cfg(coco), "tiny_eval")
-    path.unlink()
-    with pytest.raises(UserError, match="no such annotation file"):
-        build_evaluator(make_cfg(coco), "tiny_eval")
-
-
-def test_class_count_must_agree(coco):
-    DatasetCatalog.get("tiny_eval")
-    cfg = make_cfg(coco, "MODEL.RETINANET.NUM_CLASSES", "3")
-    with pytest.raises(ConfigError, match="3 classes.*set MODEL.RETINANET.NUM_CLASSES 80"):
-        build_evaluator(cfg, "tiny_eval")
 
 
 def test_tasks_follow_the_branches(coco):
@@ -459,49 +356,6 @@ def test_where_sigmas_come_from(coco):
     assert oks_sigmas(cfg, "tiny_eval")[1] == [0.1, 0.2, 0.3]
     cfg.TEST.KEYPOINT_OKS_SIGMAS = [0.3, 0.2, 0.1]
     assert oks_sigmas(cfg, "tiny_eval")[1] == [0.3, 0.2, 0.1]
-
-
-@pytest.mark.parametrize(
-    "metadata, config, source",
-    [
-        (None, [], "17 OKS sigmas, COCO's defaults"),
-        ([0.1] * 4, [], "4 OKS sigmas, those of its metadata keypoint_oks_sigmas"),
-        ([0.1] * 3, [0.1] * 5, "5 OKS sigmas, those of TEST.KEYPOINT_OKS_SIGMAS"),
-    ],
-)
-def test_number_of_sigmas(coco, metadata, config, source):
-    change_annotations(coco, add_keypoints)
-    if metadata:
-        MetadataCatalog.get("tiny_eval").keypoint_oks_sigmas = metadata
-    cfg = make_cfg(coco)
-    cfg.TEST.KEYPOINT_OKS_SIGMAS = config
-    build_evaluator(cfg, "tiny_eval")  # a model without keypoints
-    cfg.MODEL.KEYPOINT_ON = True
-    message = f"data set tiny_eval has 3 keypoints, but there are {source}: set TEST.KEYPOINT_OKS"
-    with pytest.raises(ConfigError, match=message):
-        build_evaluator(cfg, "tiny_eval")
-
-
-def test_number_of_predicted_keypoints(coco):
-    change_annotations(coco, add_keypoints)
-    output = predictions(1, pred_keypoints=torch.zeros(1, 17, 3))
-    with pytest.raises(
-        UserError, match="predicts 17 keypoints, data set tiny_eval has 3, .* 3 OKS"
-    ):
-        evaluate_tasks(coco, ("keypoints",), output, kpt_oks_sigmas=[0.1] * 3)
-
-
-def test_numbers_of_keypoints_that_differ(coco):
-    change_annotations(coco, lambda a: a.update(keypoints=[1, 1, 2] * a["id"]))
-    with pytest.raises(UserError, match="annotation 2 has 6 numbers .* annotation 1 has 3"):
-        build_evaluator(make_cfg(coco), "tiny_eval")
-
-
-def test_class_that_the_data_set_lacks(coco):
-    image, output = predictions(1)
-    output["instances"].pred_classes[:] = 80
-    with pytest.raises(UserError, match="class 80, but data set tiny_eval has classes 0 to 79"):
-        evaluate_tasks(coco, ("bbox",), (image, output))
 
 
 def test_masks_and_poses_are_ranked_by_their_own_scores(coco):

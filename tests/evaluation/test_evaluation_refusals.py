@@ -1,0 +1,91 @@
+"""What evaluation refuses, and what it says then."""
+
+import json
+
+import pytest
+import tiny_coco
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from tiny_evaluation import add_keypoints, change_annotations, evaluate_tasks, make_cfg, predictions
+
+from lsnet_d2.errors import ConfigError, UserError
+from lsnet_d2.evaluation import build_evaluator
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda d: d.pop("categories"), "'categories' is missing or empty"),
+        (lambda d: d.update(images=[]), "'images' is missing or empty"),
+        (lambda d: d["annotations"][1].pop("bbox"), "annotation 2 has no 'bbox'"),
+        (lambda d: d["annotations"][1].pop("id"), "annotation number 1 has no 'id'"),
+        (lambda d: d["annotations"][1].update(bbox=[1, 2, 3]), "(?s:.*)annotation 2: its box"),
+    ],
+)
+def test_unusable_ground_truth(coco, change, message):
+    path = tiny_coco.json_file(coco, "val")
+    dataset = json.loads(path.read_text())
+    change(dataset)
+    path.write_text(json.dumps(dataset))
+    with pytest.raises(UserError, match=f"instances_val2017.json: {message}"):
+        build_evaluator(make_cfg(coco), "tiny_eval")
+
+
+def test_missing_or_truncated_file(coco):
+    path = tiny_coco.json_file(coco, "val")
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(UserError, match="not complete JSON"):
+        build_evaluator(make_cfg(coco), "tiny_eval")
+    path.unlink()
+    with pytest.raises(UserError, match="no such annotation file"):
+        build_evaluator(make_cfg(coco), "tiny_eval")
+
+
+def test_class_count_must_agree(coco):
+    DatasetCatalog.get("tiny_eval")
+    cfg = make_cfg(coco, "MODEL.RETINANET.NUM_CLASSES", "3")
+    with pytest.raises(ConfigError, match="3 classes.*set MODEL.RETINANET.NUM_CLASSES 80"):
+        build_evaluator(cfg, "tiny_eval")
+
+
+@pytest.mark.parametrize(
+    "metadata, config, source",
+    [
+        (None, [], "17 OKS sigmas, COCO's defaults"),
+        ([0.1] * 4, [], "4 OKS sigmas, those of its metadata keypoint_oks_sigmas"),
+        ([0.1] * 3, [0.1] * 5, "5 OKS sigmas, those of TEST.KEYPOINT_OKS_SIGMAS"),
+    ],
+)
+def test_number_of_sigmas(coco, metadata, config, source):
+    change_annotations(coco, add_keypoints)
+    if metadata:
+        MetadataCatalog.get("tiny_eval").keypoint_oks_sigmas = metadata
+    cfg = make_cfg(coco)
+    cfg.TEST.KEYPOINT_OKS_SIGMAS = config
+    build_evaluator(cfg, "tiny_eval")  # a model without keypoints
+    cfg.MODEL.KEYPOINT_ON = True
+    message = f"data set tiny_eval has 3 keypoints, but there are {source}: set TEST.KEYPOINT_OKS"
+    with pytest.raises(ConfigError, match=message):
+        build_evaluator(cfg, "tiny_eval")
+
+
+def test_number_of_predicted_keypoints(coco):
+    change_annotations(coco, add_keypoints)
+    output = predictions(1, pred_keypoints=torch.zeros(1, 17, 3))
+    with pytest.raises(
+        UserError, match="predicts 17 keypoints, data set tiny_eval has 3, .* 3 OKS"
+    ):
+        evaluate_tasks(coco, ("keypoints",), output, kpt_oks_sigmas=[0.1] * 3)
+
+
+def test_numbers_of_keypoints_that_differ(coco):
+    change_annotations(coco, lambda a: a.update(keypoints=[1, 1, 2] * a["id"]))
+    with pytest.raises(UserError, match="annotation 2 has 6 numbers .* annotation 1 has 3"):
+        build_evaluator(make_cfg(coco), "tiny_eval")
+
+
+def test_class_that_the_data_set_lacks(coco):
+    image, output = predictions(1)
+    output["instances"].pred_classes[:] = 80
+    with pytest.raises(UserError, match="class 80, but data set tiny_eval has classes 0 to 79"):
+        evaluate_tasks(coco, ("bbox",), (image, output))
