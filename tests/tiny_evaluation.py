@@ -1,4 +1,4 @@
-"""Evaluation of the small data set: its predictions, and what is made of its annotations."""
+"""Predictions for the small data set, changes to its annotations, and evaluations of both."""
 
 import json
 

@@ -6,7 +6,7 @@ from detectron2.data.datasets import register_coco_instances
 
 @pytest.fixture
 def coco(tmp_path):
-    """The folder of the small data set, whose images to test on are registered."""
+    """The folder of the small data set, whose images to test on are registered as tiny_eval."""
     tiny_coco.write_coco(tmp_path)
     register_coco_instances(
         "tiny_eval",
