@@ -210,10 +210,8 @@ def test_validation_data_are_checked_before_training(coco):
 
 
 def test_validation_classes_are_checked_before_training(coco):
-    path = tiny_coco.json_file(coco, "val")
-    dataset = json.loads(path.read_text())
-    dataset["categories"].pop()
-    path.write_text(json.dumps(dataset))
+    with tiny_coco.edited(coco, "val") as dataset:
+        dataset["categories"].pop()
     with pytest.raises(AnnotationError, match="tiny_val .*has 79 classes .*NUM_CLASSES is 80"):
         LSNetTrainer(registered_cfg(coco))
 

@@ -174,13 +174,20 @@ def registered_cfg(folder: Path, *opts: str) -> CfgNode:
     )
 
 
-def change_annotations(folder: Path, split: str, change: Callable[[dict], None]) -> None:
-    """Have ``change`` called with each annotation of the file."""
+@contextmanager
+def edited(folder: Path, split: str) -> Iterator[dict]:
+    """What the file says, which is written again when the block ends."""
     path = json_file(folder, split)
     dataset = json.loads(path.read_text())
-    for annotation in dataset["annotations"]:
-        change(annotation)
+    yield dataset
     path.write_text(json.dumps(dataset))
+
+
+def change_annotations(folder: Path, split: str, change: Callable[[dict], None]) -> None:
+    """Have ``change`` called with each annotation of the file."""
+    with edited(folder, split) as dataset:
+        for annotation in dataset["annotations"]:
+            change(annotation)
 
 
 def tool_environment(datasets: Path | None = None) -> dict[str, str]:

@@ -1,18 +1,12 @@
-"""Predictions for the small data set, changes to its annotations, and evaluations of both."""
-
-import json
+"""Predictions and keypoints for the small data set, and evaluations of them."""
 
 import tiny_coco
 import torch
 from detectron2.data import DatasetCatalog
 from detectron2.structures import Boxes, Instances
+from tiny_coco import registered_cfg
 
-from lsnet_d2.config_file import load_config
 from lsnet_d2.evaluation import LSNetEvaluator, build_evaluator
-
-
-def make_cfg(folder, *opts):
-    return load_config(str(tiny_coco.write_config(folder)), ["MODEL.DEVICE", "cpu", *opts])
 
 
 def predictions(image_id, shift=0.0, **fields):
@@ -28,14 +22,15 @@ def predictions(image_id, shift=0.0, **fields):
 
 
 def evaluate(folder, *outputs, **kwargs):
-    DatasetCatalog.get("tiny_eval")  # as the data loader does it
-    evaluator = build_evaluator(make_cfg(folder), "tiny_eval", str(folder / "results"), **kwargs)
+    DatasetCatalog.get("tiny_val")  # as the data loader does it
+    cfg, results = registered_cfg(folder), str(folder / "results")
+    evaluator = build_evaluator(cfg, "tiny_val", results, **kwargs)
     return run(evaluator, *outputs)
 
 
 def evaluate_tasks(folder, tasks, *outputs, **kwargs):
-    DatasetCatalog.get("tiny_eval")
-    evaluator = LSNetEvaluator("tiny_eval", tasks=tasks, output_dir=str(folder / "out"), **kwargs)
+    DatasetCatalog.get("tiny_val")
+    evaluator = LSNetEvaluator("tiny_val", tasks=tasks, output_dir=str(folder / "out"), **kwargs)
     return run(evaluator, *outputs)
 
 
@@ -50,14 +45,6 @@ def contour(image_id, dx=0.0, width=24.0):
     """The outline of the object of an image, (1, 4, 2)."""
     x = 8 + 4 * image_id + dx
     return torch.tensor([[[x, 10.0], [x + width, 10], [x + width, 30], [x, 30]]])
-
-
-def change_annotations(folder, change):
-    path = tiny_coco.json_file(folder, "val")
-    dataset = json.loads(path.read_text())
-    for annotation in dataset["annotations"]:
-        change(annotation)
-    path.write_text(json.dumps(dataset))
 
 
 def add_keypoints(annotation):

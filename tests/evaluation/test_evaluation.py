@@ -8,14 +8,13 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import print_csv_format
 from detectron2.structures import Boxes, Instances
 from pycocotools import mask as mask_util
+from tiny_coco import change_annotations, registered_cfg
 from tiny_evaluation import (
     add_keypoints,
-    change_annotations,
     contour,
     evaluate,
     evaluate_tasks,
     keypoints,
-    make_cfg,
     predictions,
     run,
 )
@@ -63,37 +62,33 @@ def test_results_file_has_extreme_points(coco):
 def test_predicted_keypoints_are_left_alone(coco):
     keypoints = torch.full((1, 17, 3), 5.0)
     image, output = predictions(1, pred_keypoints=keypoints)
-    evaluator = build_evaluator(make_cfg(coco), "tiny_eval", None)
+    evaluator = build_evaluator(registered_cfg(coco), "tiny_val", None)
     evaluator.reset()
     evaluator.process([image], [output])
     assert (output["instances"].pred_keypoints == 5).all()
 
 
 def test_incomplete_ground_truth(coco):
-    path = tiny_coco.json_file(coco, "val")
-    dataset = json.loads(path.read_text())
-    del dataset["info"]
-    for number, annotation in enumerate(dataset["annotations"]):
-        del annotation["area"], annotation["iscrowd"]
-        annotation["id"] = number  # pycocotools takes 0 for "not matched"
-    path.write_text(json.dumps(dataset))
+    with tiny_coco.edited(coco, "val") as dataset:
+        del dataset["info"]
+        for number, annotation in enumerate(dataset["annotations"]):
+            del annotation["area"], annotation["iscrowd"]
+            annotation["id"] = number  # pycocotools takes 0 for "not matched"
     results = evaluate(coco, predictions(1), predictions(2))["bbox"]
     assert results["AP"] == results["APs"] == pytest.approx(100)
 
 
 def test_other_kinds_of_values_than_cocos_own(coco):
     """As other tools write them; the loader takes them too."""
-    path = tiny_coco.json_file(coco, "val")
-    dataset = json.loads(path.read_text())
-    for image in dataset["images"]:
-        image |= {"id": f"photo {image['id']}", "date_captured": 0, "license": ""}
-    for category in dataset["categories"]:
-        category |= {"id": -category["id"], "supercategory": 1}
-    for annotation in dataset["annotations"]:
-        annotation["image_id"] = f"photo {annotation['image_id']}"
-        annotation["category_id"] *= -1
-        annotation |= {"id": f"object {annotation['id']}", "iscrowd": None, "area": None}
-    path.write_text(json.dumps(dataset))
+    with tiny_coco.edited(coco, "val") as dataset:
+        for image in dataset["images"]:
+            image |= {"id": f"photo {image['id']}", "date_captured": 0, "license": ""}
+        for category in dataset["categories"]:
+            category |= {"id": -category["id"], "supercategory": 1}
+        for annotation in dataset["annotations"]:
+            annotation["image_id"] = f"photo {annotation['image_id']}"
+            annotation["category_id"] *= -1
+            annotation |= {"id": f"object {annotation['id']}", "iscrowd": None, "area": None}
     outputs = [predictions(i, pred_contours=contour(i)) for i in (1, 2)]
     for image, output in outputs:
         # by ascending id the classes are in the opposite order
@@ -111,25 +106,23 @@ def test_objects_to_ignore_are_no_misses(coco):
     def ignore_the_second(annotation):
         annotation["ignore"] = int(annotation["id"] == 2)
 
-    change_annotations(coco, ignore_the_second)
-    images = MetadataCatalog.get("tiny_eval").image_root
-    DatasetCatalog.remove("tiny_eval")
-    MetadataCatalog.remove("tiny_eval")
+    change_annotations(coco, "val", ignore_the_second)
+    images = MetadataCatalog.get("tiny_val").image_root
+    DatasetCatalog.remove("tiny_val")
+    MetadataCatalog.remove("tiny_val")
     # Detectron2's loader refuses such files
-    register_lsnet_instances("tiny_eval", tiny_coco.json_file(coco, "val"), images)
+    register_lsnet_instances("tiny_val", tiny_coco.json_file(coco, "val"), images)
     results = evaluate_tasks(coco, ("bbox",), predictions(1, 4.0))
     assert results["bbox"]["AP"] == pytest.approx(50)
     assert results["bbox"]["AP-car"] != results["bbox"]["AP-car"]
 
 
 def test_classes_with_ids_of_text(coco):
-    path = tiny_coco.json_file(coco, "val")
-    dataset = json.loads(path.read_text())
-    for entry in dataset["categories"]:
-        entry["id"] = f"class {entry['id']:02}"
-    for annotation in dataset["annotations"]:
-        annotation["category_id"] = f"class {annotation['category_id']:02}"
-    path.write_text(json.dumps(dataset))
+    with tiny_coco.edited(coco, "val") as dataset:
+        for entry in dataset["categories"]:
+            entry["id"] = f"class {entry['id']:02}"
+        for annotation in dataset["annotations"]:
+            annotation["category_id"] = f"class {annotation['category_id']:02}"
     outputs = [predictions(i, pred_contours=contour(i)) for i in (1, 2)]
     results = evaluate_tasks(coco, ("bbox", "segm"), *outputs)
     assert results["segm"]["AP-person"] == results["segm"]["AP-car"] == pytest.approx(100)
@@ -137,16 +130,14 @@ def test_classes_with_ids_of_text(coco):
 
 
 def test_without_annotations_only_results_are_written(coco):
-    path = tiny_coco.json_file(coco, "val")
-    dataset = json.loads(path.read_text())
-    del dataset["annotations"]
-    path.write_text(json.dumps(dataset))
+    with tiny_coco.edited(coco, "val") as dataset:
+        del dataset["annotations"]
     assert evaluate(coco, predictions(1)) == {}
     assert len(json.loads((coco / "results" / "coco_instances_results.json").read_text())) == 1
 
 
 def test_tasks_follow_the_branches(coco):
-    cfg = make_cfg(coco)
+    cfg = registered_cfg(coco)
     assert evaluation_tasks(cfg) is None
     cfg.MODEL.META_ARCHITECTURE = "LSNet"
     assert evaluation_tasks(cfg) == ("bbox",)
@@ -161,7 +152,7 @@ def test_tasks_follow_the_branches(coco):
     ],
 )
 def test_tasks_of_several_branches(coco, monkeypatch, fields, tasks):
-    cfg = make_cfg(coco)
+    cfg = registered_cfg(coco)
     cfg.MODEL.META_ARCHITECTURE = "LSNet"
     branches = [SimpleNamespace(pred_field=field) for field in fields]
     monkeypatch.setattr(lsnet_d2.evaluation, "build_branches", lambda cfg: branches)
@@ -230,7 +221,7 @@ def test_masks_without_contours(coco):
 
 
 def test_objects_with_a_box_only_are_no_misses_of_masks(coco):
-    change_annotations(coco, lambda a: a.pop("segmentation") if a["id"] == 2 else None)
+    change_annotations(coco, "val", lambda a: a.pop("segmentation") if a["id"] == 2 else None)
     outputs = [predictions(i, pred_contours=contour(i)) for i in (1, 2)]
     results = evaluate_tasks(coco, ("bbox", "segm"), *outputs)
     assert results["bbox"]["AP"] == results["segm"]["AP"] == pytest.approx(100)
@@ -252,7 +243,7 @@ def test_crowds_and_masks_as_rle(coco):
             annotation.update(segmentation={"size": list(tiny_coco.SIZE), "counts": counts})
             annotation["iscrowd"] = 1
 
-    change_annotations(coco, change)
+    change_annotations(coco, "val", change)
     outputs = [predictions(i, pred_contours=contour(i)) for i in (1, 2)]
     results = evaluate_tasks(coco, ("bbox", "segm"), *outputs)
     assert results["bbox"]["AP"] == results["segm"]["AP"] == pytest.approx(100)
@@ -261,7 +252,7 @@ def test_crowds_and_masks_as_rle(coco):
 
 
 def test_keypoints_of_some_classes(coco):
-    change_annotations(coco, add_keypoints)
+    change_annotations(coco, "val", add_keypoints)
     outputs = [predictions(i, pred_keypoints=keypoints(i)) for i in (1, 2)]
     tasks, sigmas = ("bbox", "keypoints"), [0.1] * 3
     results = evaluate_tasks(coco, tasks, *outputs, kpt_oks_sigmas=sigmas)
@@ -272,7 +263,7 @@ def test_keypoints_of_some_classes(coco):
 
 
 def test_wrong_keypoints(coco):
-    change_annotations(coco, add_keypoints)
+    change_annotations(coco, "val", add_keypoints)
     # Both labelled keypoints are 4.2 pixels off. OKS is exp(-d^2 / (2 area (2 sigma)^2)) =
     # exp(-17.64 / 960 / 0.04) = 0.632: right at 0.5, 0.55 and 0.6. Cars do not matter.
     outputs = [
@@ -288,11 +279,11 @@ def test_wrong_keypoints(coco):
 
 def test_predicted_keypoints_are_inferred(coco):
     # as of Detectron2's Keypoint R-CNN
-    change_annotations(coco, add_keypoints)
-    DatasetCatalog.get("tiny_eval")
-    cfg = make_cfg(coco, "TEST.KEYPOINT_OKS_SIGMAS", "(0.1, 0.1, 0.1)")
+    change_annotations(coco, "val", add_keypoints)
+    DatasetCatalog.get("tiny_val")
+    cfg = registered_cfg(coco, "TEST.KEYPOINT_OKS_SIGMAS", "(0.1, 0.1, 0.1)")
     results = run(
-        build_evaluator(cfg, "tiny_eval"),
+        build_evaluator(cfg, "tiny_val"),
         *(predictions(i, pred_keypoints=keypoints(i)) for i in (1, 2)),
     )
     assert list(results) == ["bbox", "keypoints", "landmarks"]
@@ -307,7 +298,7 @@ def test_data_set_without_keypoints(coco):
 
 
 def test_joint_model(coco):
-    change_annotations(coco, add_keypoints)
+    change_annotations(coco, "val", add_keypoints)
     points = torch.tensor([[[24.0, 10], [12, 20], [24, 30], [36, 20]]])
     outputs = [
         predictions(
@@ -330,8 +321,8 @@ def test_joint_model(coco):
 
 
 def test_a_subset_of_images(coco):
-    DatasetCatalog.get("tiny_eval")
-    evaluator = LSNetEvaluator("tiny_eval", tasks=("bbox", "segm"), output_dir=None)
+    DatasetCatalog.get("tiny_val")
+    evaluator = LSNetEvaluator("tiny_val", tasks=("bbox", "segm"), output_dir=None)
     evaluator.reset()
     for i in (1, 2):
         evaluator.process(*([part] for part in predictions(i, pred_contours=contour(i, dx=i - 1))))
@@ -350,18 +341,18 @@ def test_nothing_found(coco):
 
 
 def test_where_sigmas_come_from(coco):
-    cfg = make_cfg(coco)
-    assert oks_sigmas(cfg, "tiny_eval") == ("COCO's defaults", COCO_OKS_SIGMAS)
-    MetadataCatalog.get("tiny_eval").keypoint_oks_sigmas = [0.1, 0.2, 0.3]
-    assert oks_sigmas(cfg, "tiny_eval")[1] == [0.1, 0.2, 0.3]
+    cfg = registered_cfg(coco)
+    assert oks_sigmas(cfg, "tiny_val") == ("COCO's defaults", COCO_OKS_SIGMAS)
+    MetadataCatalog.get("tiny_val").keypoint_oks_sigmas = [0.1, 0.2, 0.3]
+    assert oks_sigmas(cfg, "tiny_val")[1] == [0.1, 0.2, 0.3]
     cfg.TEST.KEYPOINT_OKS_SIGMAS = [0.3, 0.2, 0.1]
-    assert oks_sigmas(cfg, "tiny_eval")[1] == [0.3, 0.2, 0.1]
+    assert oks_sigmas(cfg, "tiny_val")[1] == [0.3, 0.2, 0.1]
 
 
 def test_masks_and_poses_are_ranked_by_their_own_scores(coco):
     """Two detections of each object: a wrong one that the detection's score prefers, and a right
     one that its own score does."""
-    change_annotations(coco, add_keypoints)
+    change_annotations(coco, "val", add_keypoints)
     outputs = []
     for image_id in (1, 2):
         image, output = predictions(image_id)

@@ -1,12 +1,11 @@
 """What evaluation refuses, and what it says then."""
 
-import json
-
 import pytest
 import tiny_coco
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from tiny_evaluation import add_keypoints, change_annotations, evaluate_tasks, make_cfg, predictions
+from tiny_coco import change_annotations, registered_cfg
+from tiny_evaluation import add_keypoints, evaluate_tasks, predictions
 
 from lsnet_d2.errors import ConfigError, UserError
 from lsnet_d2.evaluation import build_evaluator
@@ -23,29 +22,27 @@ from lsnet_d2.evaluation import build_evaluator
     ],
 )
 def test_unusable_ground_truth(coco, change, message):
-    path = tiny_coco.json_file(coco, "val")
-    dataset = json.loads(path.read_text())
-    change(dataset)
-    path.write_text(json.dumps(dataset))
+    with tiny_coco.edited(coco, "val") as dataset:
+        change(dataset)
     with pytest.raises(UserError, match=f"instances_val2017.json: {message}"):
-        build_evaluator(make_cfg(coco), "tiny_eval")
+        build_evaluator(registered_cfg(coco), "tiny_val")
 
 
 def test_missing_or_truncated_file(coco):
     path = tiny_coco.json_file(coco, "val")
     path.write_text(path.read_text()[:100])
     with pytest.raises(UserError, match="not complete JSON"):
-        build_evaluator(make_cfg(coco), "tiny_eval")
+        build_evaluator(registered_cfg(coco), "tiny_val")
     path.unlink()
     with pytest.raises(UserError, match="no such annotation file"):
-        build_evaluator(make_cfg(coco), "tiny_eval")
+        build_evaluator(registered_cfg(coco), "tiny_val")
 
 
 def test_class_count_must_agree(coco):
-    DatasetCatalog.get("tiny_eval")
-    cfg = make_cfg(coco, "MODEL.RETINANET.NUM_CLASSES", "3")
+    DatasetCatalog.get("tiny_val")
+    cfg = registered_cfg(coco, "MODEL.RETINANET.NUM_CLASSES", "3")
     with pytest.raises(ConfigError, match="3 classes.*set MODEL.RETINANET.NUM_CLASSES 80"):
-        build_evaluator(cfg, "tiny_eval")
+        build_evaluator(cfg, "tiny_val")
 
 
 @pytest.mark.parametrize(
@@ -57,35 +54,33 @@ def test_class_count_must_agree(coco):
     ],
 )
 def test_number_of_sigmas(coco, metadata, config, source):
-    change_annotations(coco, add_keypoints)
+    change_annotations(coco, "val", add_keypoints)
     if metadata:
-        MetadataCatalog.get("tiny_eval").keypoint_oks_sigmas = metadata
-    cfg = make_cfg(coco)
+        MetadataCatalog.get("tiny_val").keypoint_oks_sigmas = metadata
+    cfg = registered_cfg(coco)
     cfg.TEST.KEYPOINT_OKS_SIGMAS = config
-    build_evaluator(cfg, "tiny_eval")  # a model without keypoints
+    build_evaluator(cfg, "tiny_val")  # a model without keypoints
     cfg.MODEL.KEYPOINT_ON = True
-    message = f"data set tiny_eval has 3 keypoints, but there are {source}: set TEST.KEYPOINT_OKS"
+    message = f"data set tiny_val has 3 keypoints, but there are {source}: set TEST.KEYPOINT_OKS"
     with pytest.raises(ConfigError, match=message):
-        build_evaluator(cfg, "tiny_eval")
+        build_evaluator(cfg, "tiny_val")
 
 
 def test_number_of_predicted_keypoints(coco):
-    change_annotations(coco, add_keypoints)
+    change_annotations(coco, "val", add_keypoints)
     output = predictions(1, pred_keypoints=torch.zeros(1, 17, 3))
-    with pytest.raises(
-        UserError, match="predicts 17 keypoints, data set tiny_eval has 3, .* 3 OKS"
-    ):
+    with pytest.raises(UserError, match="predicts 17 keypoints, data set tiny_val has 3, .* 3 OKS"):
         evaluate_tasks(coco, ("keypoints",), output, kpt_oks_sigmas=[0.1] * 3)
 
 
 def test_numbers_of_keypoints_that_differ(coco):
-    change_annotations(coco, lambda a: a.update(keypoints=[1, 1, 2] * a["id"]))
+    change_annotations(coco, "val", lambda a: a.update(keypoints=[1, 1, 2] * a["id"]))
     with pytest.raises(UserError, match="annotation 2 has 6 numbers .* annotation 1 has 3"):
-        build_evaluator(make_cfg(coco), "tiny_eval")
+        build_evaluator(registered_cfg(coco), "tiny_val")
 
 
 def test_class_that_the_data_set_lacks(coco):
     image, output = predictions(1)
     output["instances"].pred_classes[:] = 80
-    with pytest.raises(UserError, match="class 80, but data set tiny_eval has classes 0 to 79"):
+    with pytest.raises(UserError, match="class 80, but data set tiny_val has classes 0 to 79"):
         evaluate_tasks(coco, ("bbox",), (image, output))
