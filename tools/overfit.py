@@ -2,8 +2,8 @@
 """Train on a few images of a COCO file and evaluate on the same: can these annotations be learned?
 
 A model that cannot learn eight images by heart has a mistake in its data or its config. The images
-taken are the first ones with objects (with --keypoints: with labelled keypoints). The number of
-classes is the file's.
+taken are the first ones with objects (with --keypoints: with labelled keypoints), shown in training
+as in tests: neither cropped nor mirrored, in one size. The number of classes is the file's.
 """
 
 import argparse
@@ -56,6 +56,18 @@ def first_images(data: dict, count: int, keypoints: bool = False) -> dict:
     return {**data, "images": images, "annotations": annotations}
 
 
+def as_in_tests(cfg: CfgNode) -> list[str]:
+    """The options that show images in training as tests do: whole, in one size, never mirrored."""
+    values = {
+        "INPUT.RANDOM_FLIP": "none",
+        "INPUT.CROP.ENABLED": False,
+        "INPUT.MIN_SIZE_TRAIN_SAMPLING": "choice",
+        "INPUT.MIN_SIZE_TRAIN": (cfg.INPUT.MIN_SIZE_TEST,),
+        "INPUT.MAX_SIZE_TRAIN": cfg.INPUT.MAX_SIZE_TEST,
+    }
+    return [word for key, value in values.items() for word in (key, repr(value))]
+
+
 def short_schedule(cfg: CfgNode) -> list[str]:
     """The options that give a config the schedule for few images."""
     values = {
@@ -85,7 +97,7 @@ def main() -> None:
 
     opts = [] if "SOLVER.MAX_ITER" in args.opts else short_schedule(given)
     opts += ["DATASETS.TRAIN", f"('{DATASET}',)", "DATASETS.TEST", f"('{DATASET}',)"]
-    opts += ["INPUT.RANDOM_FLIP", "none", "OUTPUT_DIR", args.output]
+    opts += [*as_in_tests(given), "OUTPUT_DIR", args.output]
     cfg = load_config(args.config_file, [*opts, *args.opts, "DATASETS.COCO_FILES", repr(files)])
     if classes_key(cfg) not in args.opts:
         cfg.merge_from_list([classes_key(cfg), len(data["categories"])])

@@ -54,6 +54,16 @@ def test_the_schedule_is_for_few_images(tool):
     assert short.TEST.BEST_METRIC == ""
 
 
+def test_images_are_shown_as_in_tests(tool):
+    path = str(ROOT / "configs/plus/photos_joint.yaml")
+    cfg = load_config(path, need_data_sets=False)
+    assert cfg.INPUT.CROP.ENABLED and len(cfg.INPUT.MIN_SIZE_TRAIN) > 1
+    same = load_config(path, tool.as_in_tests(cfg), need_data_sets=False).INPUT
+    assert (same.RANDOM_FLIP, same.CROP.ENABLED) == ("none", False)
+    assert (same.MIN_SIZE_TRAIN, same.MAX_SIZE_TRAIN) == ((384,), 544)
+    assert (same.MIN_SIZE_TEST, same.MAX_SIZE_TEST) == (384, 544)
+
+
 def test_trains_and_evaluates_on_the_same_images(data):
     output = data / "output"
     result = run_tool(
