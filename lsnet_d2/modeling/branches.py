@@ -24,6 +24,8 @@ from .losses import box_penalty, cross_iou, cross_iou_grouped, cross_iou_per_coo
 _SLIDING_COST = 0.25
 # About the mean of COCO's tolerances of people's keypoints.
 _OKS_SIGMA = 0.07
+# About what COCO's people with keypoints cover of their boxes.
+_COVERED = 0.5
 # Least and most that the displacements of a contour are multiplied by in the third stage.
 _SLENDERNESS = 1.0, 4.0
 _TINY = 1e-6
@@ -212,7 +214,7 @@ class KeypointBranch(LandmarkBranch):
         """
         Args:
             num_keypoints: K, at least 1.
-            classes: that have keypoints; none given: all.
+            classes: that have keypoints; none given: all. Those of others are not learned.
             train_unlabelled: whether an object of these classes without labelled keypoints trains
                 the vector to its centre, as in the released code. It needs another branch to give
                 its box.
@@ -237,15 +239,22 @@ class KeypointBranch(LandmarkBranch):
 
     def targets(self, instances: Instances) -> LandmarkTargets:
         keypoints = instances.gt_keypoints.tensor
-        places, visible = keypoints[..., :2], keypoints[..., 2] > 0
+        concerned = self._have_keypoints(instances.gt_classes)
+        places, visible = keypoints[..., :2], (keypoints[..., 2] > 0) & concerned[:, None]
         low = places.masked_fill(~visible[..., None], torch.inf).amin(dim=1)
         high = places.masked_fill(~visible[..., None], -torch.inf).amax(dim=1)
         labelled = visible.any(dim=1)
         boxes = torch.cat([low, high], dim=1).masked_fill(~labelled[:, None], 0)
         present = labelled
         if self.train_unlabelled:
-            present = present | self._have_keypoints(instances.gt_classes)
-        return LandmarkTargets.make(places, boxes, visible=visible, present=present)
+            present = present | concerned
+        return LandmarkTargets.make(
+            places,
+            boxes,
+            visible=visible,
+            present=present,
+            object_boxes=instances.gt_boxes.tensor,
+        )
 
     def boxes(self, landmarks: Tensor) -> Tensor:
         return span_boxes(landmarks)
@@ -262,9 +271,10 @@ class KeypointBranch(LandmarkBranch):
         return overlap, torch.zeros_like(overlap)
 
     def quality(self, landmarks: Tensor, targets: LandmarkTargets) -> Tensor:
-        """Object keypoint similarity, with the box of the labelled keypoints for the object's area
-        and one tolerance for all of them."""
-        area = (targets.boxes[:, 2:] - targets.boxes[:, :2]).prod(1).clamp(min=1)
+        """Object keypoint similarity, with half of the object's box for its area and one tolerance
+        for all keypoints."""
+        sides = targets.object_boxes[:, 2:] - targets.object_boxes[:, :2]
+        area = _COVERED * sides.prod(1).clamp(min=1)
         distance = (landmarks - targets.landmarks).square().sum(-1)
         similarity = (-distance / (2 * (2 * _OKS_SIGMA) ** 2 * area[:, None])).exp()
         visible = targets.visible.to(similarity)

@@ -38,6 +38,7 @@ class LandmarkTargets:
         visible: (G, V) bool, landmarks whose place is known.
         present: (G,) bool, objects that this branch learns from. What the others have for
             landmarks and boxes is finite, and without meaning.
+        object_boxes: (G, 4) XYXY, of the whole objects, of which landmarks may show a part.
     """
 
     landmarks: Tensor
@@ -45,6 +46,7 @@ class LandmarkTargets:
     centers: Tensor
     visible: Tensor
     present: Tensor
+    object_boxes: Tensor
 
     @staticmethod
     def make(
@@ -52,14 +54,18 @@ class LandmarkTargets:
         boxes: Tensor,
         visible: Tensor | None = None,
         present: Tensor | None = None,
+        object_boxes: Tensor | None = None,
     ) -> "LandmarkTargets":
-        """With the centres of the boxes; everything is visible and present if not given."""
+        """With the centres of the boxes; everything is visible and present if not given, and the
+        boxes are those of the objects."""
         if visible is None:
             visible = torch.ones_like(landmarks[..., 0], dtype=torch.bool)
         if present is None:
             present = torch.ones_like(boxes[:, 0], dtype=torch.bool)
         centers = (boxes[:, :2] + boxes[:, 2:]) / 2
-        return LandmarkTargets(landmarks, boxes, centers, visible, present)
+        if object_boxes is None:
+            object_boxes = boxes
+        return LandmarkTargets(landmarks, boxes, centers, visible, present, object_boxes)
 
     def __getitem__(self, index: Tensor) -> "LandmarkTargets":
         index = as_indices(index)
@@ -218,6 +224,7 @@ class LandmarkBranch(ABC):
             landmarks=targets.landmarks / unit[..., None],
             boxes=targets.boxes / unit,
             centers=targets.centers / unit,
+            object_boxes=targets.object_boxes / unit,
         )
         target_vectors = encode_vectors(targets.points - origin[:, None], self.alpha)
         boxes = self.boxes(decode_vectors(vectors[:, :-1]) + origin[:, None])

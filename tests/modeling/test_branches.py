@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from detectron2.structures import Boxes, Instances, Keypoints
@@ -153,6 +155,7 @@ class TestKeypointBranch:
         keypoints = torch.cat([keypoints, torch.tensor(visibility)[..., None].float()], dim=2)
         instances = Instances((100, 100), gt_keypoints=Keypoints(keypoints))
         instances.gt_classes = torch.arange(len(visibility))
+        instances.gt_boxes = Boxes(torch.tensor([[0.0, 0, 20, 40]] * len(visibility)))
         return KeypointBranch(num_keypoints=3, **kwargs).targets(instances)
 
     def test_box_is_that_of_labelled_keypoints(self):
@@ -169,7 +172,22 @@ class TestKeypointBranch:
         targets = self.targets([[0, 1, 0], [0, 0, 0]], train_unlabelled=True)
         assert targets.present.tolist() == [True, True]
         targets = self.targets([[0, 1, 0], *[[0, 0, 0]] * 2], train_unlabelled=True, classes=[2])
-        assert targets.present.tolist() == [True, False, True]
+        assert targets.present.tolist() == [False, False, True]
+
+    def test_keypoints_of_other_classes_are_not_learned(self):
+        targets = self.targets([[0, 1, 2], [0, 1, 2]], classes=[1])
+        assert targets.present.tolist() == [False, True]
+        assert targets.visible.tolist() == [[False] * 3, [False, True, True]]
+        assert targets.boxes.isfinite().all()
+
+    @pytest.mark.parametrize("visibility", [[0, 0, 2], [0, 2, 2], [2, 2, 2]])
+    def test_quality_is_that_of_the_whole_object_however_few_keypoints_are_labelled(
+        self, visibility
+    ):
+        """COCO's similarity: an object of 20 x 40 pixels, half covered, all keypoints 2 off."""
+        targets = self.targets([visibility])
+        quality = KeypointBranch(num_keypoints=3).quality(targets.landmarks + 2**0.5, targets)
+        assert quality.item() == pytest.approx(math.exp(-4 / (2 * 0.14**2 * 400)), rel=1e-5)
 
     @pytest.mark.parametrize(
         ("count", "free"), [(1, 7), (5, 3), (8, 0), (13, 0), (17, 0), (133, 0)]

@@ -146,5 +146,5 @@ class TestQuality:
         branch = KeypointBranch(num_keypoints=4)
         true = targets(EXTREMES, visible=torch.tensor([[True, False, True, True]]))
         found = branch.quality(moved(moved(EXTREMES, 1, 9.0, 9.0), 0, 3.0, -4.0), true)
-        similarity = math.exp(-(3**2 + 4**2) / (2 * (2 * 0.07) ** 2 * 30 * 40))
+        similarity = math.exp(-(3**2 + 4**2) / (2 * (2 * 0.07) ** 2 * 30 * 40 / 2))
         assert found.item() == pytest.approx((similarity + 2) / 3)
