@@ -1,5 +1,6 @@
 """The skeleton of a data set: names of keypoints, left and right pairs, bones, OKS sigmas."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,10 +25,10 @@ _BONE_COLOR = (102, 204, 255)
 def skeleton_metadata(categories: Sequence[dict]) -> dict[str, Any]:
     """What Detectron2's metadata say about keypoints, from a COCO file's ``categories``.
 
-    The names are those under ``keypoints``. Names that differ in "left" and "right" alone are
-    pairs. The bones are those of ``skeleton``; where the keypoints are COCO's, Detectron2's. Two
-    keys beyond COCO's are read from the first category that has keypoints: ``keypoint_flip_map``,
-    pairs [left name, right name], in place of those that the names tell; and
+    The names are those under ``keypoints``. Names that differ in "left" and "right" alone, in
+    capitals or not, are pairs. The bones are those of ``skeleton``; where the keypoints are COCO's,
+    Detectron2's. Two keys beyond COCO's are read from the first category that has keypoints:
+    ``keypoint_flip_map``, pairs [left name, right name], in place of those that the names tell; and
     ``keypoint_oks_sigmas``, a tolerance for each keypoint.
 
     Returns:
@@ -146,8 +147,9 @@ def _given_pairs(category: dict, names: list[str]) -> list[tuple[str, str]]:
 
 def _pairs(names: list[str]) -> list[tuple[str, str]]:
     left, right = _SIDES
-    pairs = ((name, name.replace(left, right)) for name in names if left in name)
-    return [(name, other) for name, other in pairs if other in names]
+    known = {name.lower(): name for name in names}
+    pairs = ((name, name.lower().replace(left, right)) for name in names if left in name.lower())
+    return [(name, known[other]) for name, other in pairs if other in known]
 
 
 def known_keypoint_names(metadata: Metadata, num_keypoints: int) -> list[str]:
@@ -202,4 +204,12 @@ def keypoint_flip_indices(dataset_names: Sequence[str], num_keypoints: int) -> l
             f"{len(names)} (it is {num_keypoints})"
         )
     mirrored = dict(flip_map) | {right: left for left, right in flip_map}
+    alone = [n for n in names if n not in mirrored and any(s in n.lower() for s in _SIDES)]
+    if alone or (num_keypoints > 1 and not flip_map):
+        logging.getLogger(__name__).warning(
+            "data set %s: %s exchanged in mirrored images; if left and right should be, give "
+            "'keypoint_flip_map' in its category, or set INPUT.RANDOM_FLIP none",
+            first,
+            f"keypoints {', '.join(alone)} are not" if alone else "no keypoints are",
+        )
     return [names.index(mirrored.get(name, name)) for name in names]

@@ -70,6 +70,27 @@ def test_flip_indices(register):
     assert keypoint_flip_indices([one, without, two], 3) == [0, 2, 1]
 
 
+def test_left_and_right_are_pairs_in_capitals_too():
+    names = ["Left eye", "RIGHT_EAR", "nose", "Right eye", "LEFT_EAR"]
+    pairs = skeleton_metadata([{"name": "face", "keypoints": names}])["keypoint_flip_map"]
+    assert pairs == [("Left eye", "Right eye"), ("LEFT_EAR", "RIGHT_EAR")]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["left_eye", "right_eye", "nose"], None),
+        (["nose"], None),
+        (["left_eye", "right_eye", "Left ear", "ear_right"], "keypoints Left ear, ear_right are"),
+        (["L_hip", "R_hip"], "no keypoints are exchanged"),
+    ],
+)
+def test_keypoints_that_mirroring_does_not_exchange_are_named(register, caplog, names, message):
+    data_set = register("faces", **skeleton_metadata([{"name": "face", "keypoints": names}]))
+    keypoint_flip_indices([data_set], len(names))
+    assert message in caplog.text if message else not caplog.text
+
+
 def test_flip_indices_need_one_skeleton_of_the_right_size(register):
     hands = register("hands", **skeleton_metadata([HAND]))
     feet = register("feet", **skeleton_metadata([{"name": "foot", "keypoints": ["heel"]}]))
