@@ -1,6 +1,9 @@
 """Masks that are outlines until someone asks for pixels."""
 
+import operator
 from collections.abc import Iterator, Sequence
+from numbers import Integral
+from typing import SupportsIndex
 
 import numpy as np
 import torch
@@ -52,10 +55,13 @@ class ContourMasks:
     def __len__(self) -> int:
         return len(self.contours)
 
-    def __getitem__(self, index: int | slice | Tensor) -> "Tensor | ContourMasks":
-        """A bitmap (H, W) for a number, else the chosen masks."""
-        if isinstance(index, int):
-            return self[[index]].tensor[0]
+    def __getitem__(self, index: SupportsIndex | slice | Tensor) -> "Tensor | ContourMasks":
+        """A bitmap (H, W) for a number, also one of numpy or a tensor of none, else the chosen
+        masks."""
+        if isinstance(index, Integral) or (
+            isinstance(index, (Tensor, np.ndarray)) and not index.ndim
+        ):
+            return self[[operator.index(index)]].tensor[0]
         return ContourMasks(self.contours[index], self.image_size)
 
     def __iter__(self) -> Iterator[Tensor]:

@@ -24,6 +24,8 @@ def test_bitmaps_are_those_of_the_contours(masks):
 
 def test_indexing(masks):
     assert torch.equal(masks[1], masks.tensor[1])
+    assert torch.equal(masks[np.int64(1)], masks.tensor[1])
+    assert torch.equal(masks[torch.tensor([0.1, 0.9]).argmax()], masks.tensor[1])
     assert torch.equal(masks[torch.tensor([False, True])].tensor, masks.tensor[1:])
     assert len(masks[:0]) == 0 and masks[:0].tensor.shape == (0, 10, 12)
 
