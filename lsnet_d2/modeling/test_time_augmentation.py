@@ -28,6 +28,7 @@ from .postprocessing import make_instances, rescale_instances
 __all__ = ["LSNetDatasetMapperTTA", "LSNetWithTTA", "keep_image_sizes"]
 
 MERGE_METHODS = ("vote", "nms")
+_TINY = 1e-12
 
 
 def keep_image_sizes(cfg: CfgNode) -> CfgNode:
@@ -261,12 +262,12 @@ class LSNetWithTTA(nn.Module):
         *detections, best = (x[: self.max_detections_per_image] for x in (*detections, best))
         boxes, means, scores, classes = detections
         means = list(means.split([points.shape[1] for points in found], dim=1))
-        own_scores = [scores] * len(branches)  # what is averaged has one score
         for number, branch in enumerate(branches):
             if self.method != "vote" or (branch.outlined and not self.outlines_vote):
                 means[number] = found[number][best]
-                own = branch.scores(instances)[best]
-                own_scores[number] = own * (scores / instances.scores[best])
+        # Landmarks are as much better or worse than the object as in its best detection.
+        gain = scores / instances.scores[best].clamp(min=_TINY)
+        own_scores = [branch.scores(instances)[best] * gain for branch in branches]
         return make_instances(
             instances.image_size, boxes, scores, classes, branches, means, own_scores
         )
