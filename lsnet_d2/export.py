@@ -24,7 +24,6 @@ from torch.export import Dim
 from .errors import UserError
 from .layers.pyramid_sampling import SOURCES_PER_LEVEL
 from .modeling import LSNet
-from .modeling.postprocessing import clip_boxes
 
 # Of the image that is traced: all levels differ in size, and none has a side of one cell, which
 # torch would take for constant.
@@ -83,7 +82,7 @@ class DetectingModule(nn.Module):
         for branch, places, own in zip(model.branches, landmarks, landmark_scores, strict=True):
             places, own = branch.prediction(places, own, classes, size)
             predictions += [places] if branch.score_field == "scores" else [places, own.clone()]
-        return clip_boxes(boxes, size), scores, classes, *predictions
+        return boxes, scores, classes, *predictions
 
 
 def describe(cfg: CfgNode, metadata: Metadata | None) -> dict[str, str]:

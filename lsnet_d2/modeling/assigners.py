@@ -51,12 +51,14 @@ def assign_nearest(
     gt_sizes = (gt_boxes[:, 2:] - gt_boxes[:, :2]).clamp(min=_EPS_SIZE)
     first, last = stride_log2(strides[0]), stride_log2(strides[-1])
     gt_levels = torch.log2(gt_sizes / base_scale).mean(dim=1).int().clamp(first, last)
+    gt_levels = gt_levels.tolist()  # the host waits once, not at each level
 
     places = _places(points, valid)
     chosen, owners, costs = [], [], []
     start = 0
     for stride, count in zip(strides, points_per_level, strict=True):
-        objects = torch.nonzero(gt_levels == stride_log2(stride)).squeeze(1)
+        objects = [i for i, level in enumerate(gt_levels) if level == stride_log2(stride)]
+        objects = torch.tensor(objects, dtype=torch.int64, device=points.device)
         level = slice(start, start + count)
         distance, nearest = _nearest(
             places[level], gt_centers[objects], gt_sizes[objects], min(num_positives, count)
@@ -118,10 +120,9 @@ def assign_atss(
     owners, column = torch.nonzero(positive, as_tuple=True)
     chosen, iou = candidates[owners, column], iou[owners, column]
     assignment = lowest_cost(num_points, chosen, owners, -iou)
-    quality = boxes.new_zeros(num_points)
     won = assignment[chosen] == owners
-    quality[chosen[won]] = iou[won]
-    return assignment, quality
+    quality = boxes.new_zeros(num_points)
+    return assignment, quality.scatter_reduce(0, chosen, iou.masked_fill(~won, 0), "amax")
 
 
 def has_inside(gt_boxes: Tensor) -> Tensor:
@@ -163,8 +164,8 @@ def _nearest_on_each_level(
 def _nearest(places: Tensor, centers: Tensor, units: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The ``count`` points nearest to each centre, nearest first; of equally near ones any.
 
-    Blocks of points are left out whose bounds are further away than what is found in others. Where
-    that does not hold, all points are looked at.
+    On a CPU blocks of points are left out whose bounds are further away than what is found in
+    others. Where that does not hold, all points are looked at.
 
     Args:
         places: (A, 2), some at infinity.
@@ -175,7 +176,7 @@ def _nearest(places: Tensor, centers: Tensor, units: Tensor, count: int) -> tupl
         Distances and indices (G, count).
     """
     blocks, looked_at = len(places) // _BLOCK, 2 * count
-    if blocks <= 2 * looked_at:
+    if blocks <= 2 * looked_at or places.device.type != "cpu":  # to ask would be to wait
         return _nearest_of_all(places, centers, units, count)
     head, rest = places[: blocks * _BLOCK], places[blocks * _BLOCK :]
     head = head.unflatten(0, (blocks, _BLOCK))
@@ -266,5 +267,6 @@ def lowest_cost(num_points: int, chosen: Tensor, owners: Tensor, costs: Tensor) 
     wins = (costs == lowest[chosen]) & costs.isfinite()
     nobody = torch.iinfo(torch.int64).max
     assignment = torch.full((num_points,), nobody, dtype=torch.int64, device=costs.device)
-    assignment = assignment.scatter_reduce(0, chosen[wins], owners[wins], "amin")
+    owners = owners.masked_fill(~wins, nobody)
+    assignment = assignment.scatter_reduce(0, chosen, owners, "amin")
     return assignment.masked_fill(assignment == nobody, _NONE)

@@ -11,6 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.structures import Instances
 from torch import Tensor
 
+from ..data.contours import MAX_POINTS, MIN_POINTS
 from ..data.keypoints import keypoint_flip_indices
 from ..structures import ContourMasks
 from ..tasks import branch_weights
@@ -107,9 +108,10 @@ class ContourBranch(LandmarkBranch):
         Raises:
             ValueError: a number is out of range; the message names the config's key.
         """
-        if not 8 <= num_points <= 128:
+        if not MIN_POINTS <= num_points <= MAX_POINTS:
             raise ValueError(
-                f"MODEL.LSNET.NUM_CONTOUR_POINTS is {num_points}; it must be from 8 to 128"
+                f"MODEL.LSNET.NUM_CONTOUR_POINTS is {num_points}; it must be from {MIN_POINTS} to "
+                f"{MAX_POINTS}"
             )
         if not area_weight >= 0:
             raise ValueError(

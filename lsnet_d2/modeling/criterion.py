@@ -7,7 +7,6 @@ branch, N positives.
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.structures import Instances
 from detectron2.utils.events import get_event_storage
@@ -22,7 +21,7 @@ from .losses import quality_focal_loss
 from .points import AnchorPoints, points_in_boxes
 from .polish import Polish
 from .polish_criterion import PolishCriterion
-from .samples import BranchSamples, GroundTruth, Matches, normalizers
+from .samples import BranchSamples, GroundTruth, Matches, StageSamples, normalizers
 
 # The landmark losses are computed in units of this many cells (released code: point_base_scale).
 _BASE_SCALE = 4
@@ -47,7 +46,7 @@ class Criterion:
         cls_soft_labels: bool = False,
         ignore_crowd: bool = True,
         corners: CornerCriterion | None = None,
-        polish: PolishCriterion | None = None,
+        polish_criterion: PolishCriterion | None = None,
     ) -> None:
         """
         Args:
@@ -61,7 +60,7 @@ class Criterion:
             ignore_crowd: leave points inside ``ignore_boxes``, and inside objects without what the
                 first branch learns, out of what is learned of the background.
             corners: the losses of corner verification, if there is any.
-            polish: the losses of the third stage, if there is one.
+            polish_criterion: the losses of the third stage, if there is one.
 
         Raises:
             ValueError: a number is not positive; the message names the config's key.
@@ -81,7 +80,7 @@ class Criterion:
         self.cls_soft_labels = cls_soft_labels
         self.ignore_crowd = ignore_crowd
         self.corners = corners
-        self.polish = polish
+        self.polish_criterion = polish_criterion
 
     @classmethod
     def from_config(
@@ -104,7 +103,9 @@ class Criterion:
             "cls_soft_labels": cfg.MODEL.LSNET.CLS_SOFT_LABELS,
             "ignore_crowd": cfg.MODEL.LSNET.IGNORE_CROWD,
             "corners": CornerCriterion(cfg) if cfg.MODEL.LSNET.CPV else None,
-            "polish": PolishCriterion(cfg) if cfg.MODEL.LSNET.POLISH_IN_FEATURES else None,
+            "polish_criterion": PolishCriterion(cfg)
+            if cfg.MODEL.LSNET.POLISH_IN_FEATURES
+            else None,
         }
 
     def __call__(
@@ -126,28 +127,32 @@ class Criterion:
             fine: the feature maps that the third stage looks at.
         """
         truth = self.ground_truth(points, image_sizes, batched_inputs)
-        assignments = self.assign(points, predictions, truth.targets[0], truth.valid)
-        targets = [LandmarkTargets.cat(t) for t in truth.targets]
-        losses = {}
-        for stage, assigned, dense in zip(
-            ("init", "refine"), assignments, (predictions.init, predictions.refine), strict=True
-        ):
-            positives = self.positives(assigned, [len(x) for x in truth.classes])
-            divisors = normalizers(positives, targets, len(assigned))
-            count = len(positives) / len(assigned)
-            get_event_storage().put_scalar(f"lsnet/num_pos_{stage}", count)
-            samples = []
-            for i, branch in enumerate(self.branches):
-                learned = positives[targets[i].present[positives.object]]
-                vectors = dense[i][learned.image, learned.point].float()
-                found = BranchSamples(branch, vectors, learned, targets[i])
-                loss = branch.loss_weights[stage] * self.landmark_loss(points, found)
-                losses[f"loss_{branch.name}_{stage}"] = loss / divisors[i + 1]
-                samples.append(found)
-        if self.polish is not None:
-            background = (assigned < 0) & truth.valid & ~truth.ignored
-            losses |= self.polish(points, predictions, samples, background, truth, polish, fine)
-            losses |= self.polish.map_losses(self.branches, truth, image_sizes, polish, fine[0])
+        assigned = self.assign(points, predictions, truth.targets[0], truth.valid)
+        init, refine = (
+            self.samples(of_stage, dense, truth)
+            for of_stage, dense in zip(
+                assigned, (predictions.init, predictions.refine), strict=True
+            )
+        )
+        losses = {
+            **self.landmark_losses(points, "init", init),
+            **self.landmark_losses(points, "refine", refine),
+        }
+        # Classes and quality are learned where the refine stage has its objects.
+        background = refine.assigned < 0
+        if self.polish_criterion is not None:
+            losses |= self.polish_criterion(
+                points,
+                predictions,
+                refine.branches,
+                background & truth.valid & ~truth.ignored,
+                truth,
+                polish,
+                fine,
+            )
+            losses |= self.polish_criterion.map_losses(
+                self.branches, truth, image_sizes, polish, fine[0]
+            )
         if self.corners is not None:
             losses |= self.corners(
                 points,
@@ -157,15 +162,14 @@ class Criterion:
                 truth.valid,
                 truth.ignored,
             )
-        # Classes are learned where the refine stage has its objects.
-        counted = truth.valid & ~((assigned < 0) & truth.ignored)
-        overlaps = (
-            self.overlaps(points, samples[0], assigned.shape) if self.cls_soft_labels else None
-        )
         loss = self.classification_loss(
-            predictions.logits, assigned, truth.classes, counted, overlaps
+            predictions.logits,
+            refine.branches[0].positives,  # all: the others take part in nothing
+            torch.cat(truth.classes),
+            truth.valid & ~(background & truth.ignored),
+            self.overlaps(points, refine.branches[0]) if self.cls_soft_labels else None,
         )
-        return {"loss_cls": self.cls_loss_weight * loss / divisors[0], **losses}
+        return {"loss_cls": self.cls_loss_weight * loss / refine.divisors[0], **losses}
 
     def ground_truth(
         self,
@@ -252,6 +256,22 @@ class Criterion:
             refine.append(assignment)
         return torch.stack(init), torch.stack(refine)
 
+    def samples(self, assigned: Tensor, dense: list[Tensor], truth: GroundTruth) -> StageSamples:
+        """What the branches learn in one stage.
+
+        Args:
+            assigned: (B, A), objects counted in each image, or -1.
+            dense: per branch (B, A, V + 1, 4), what the stage predicts.
+        """
+        positives = self.positives(assigned, [len(x) for x in truth.classes])
+        targets = [LandmarkTargets.cat(t) for t in truth.targets]
+        branches = []
+        for branch, target, vectors in zip(self.branches, targets, dense, strict=True):
+            learned = positives[target.present[positives.object]]
+            found = vectors[learned.image, learned.point].float()
+            branches.append(BranchSamples(branch, found, learned, target))
+        return StageSamples(assigned, branches, normalizers(positives, targets, len(assigned)))
+
     @staticmethod
     def positives(assigned: Tensor, num_objects: list[int]) -> Matches:
         """
@@ -266,26 +286,22 @@ class Criterion:
 
     @staticmethod
     @torch.no_grad()
-    def overlaps(points: AnchorPoints, first: BranchSamples, shape: torch.Size) -> Tensor:
-        """IOU of the box predicted at each point with that of its object, 0 without one.
+    def overlaps(points: AnchorPoints, first: BranchSamples) -> Tensor:
+        """(N,): IOU of the box predicted at each positive with that of its object.
 
         Args:
             first: of the first branch, which supplies the boxes.
-            shape: (B, A), that of the result.
         """
-        branch, (image, point) = first.branch, (first.positives.image, first.positives.point)
+        branch, point = first.branch, first.positives.point
         boxes = branch.boxes(branch.decode(first.vectors, points.xy[point], points.strides[point]))
-        overlaps = boxes.new_zeros(shape)
-        overlaps[image, point] = pairwise_iou_inverted(
-            boxes, first.targets.boxes[first.positives.object]
-        )
-        return overlaps.clamp(0, 1)  # rounding
+        true = first.targets.boxes[first.positives.object]
+        return pairwise_iou_inverted(boxes, true).clamp(0, 1)  # rounding
 
     def classification_loss(
         self,
         logits: Tensor,
-        assigned: Tensor,
-        gt_classes: list[Tensor],
+        positives: Matches,
+        gt_classes: Tensor,
         counted: Tensor,
         overlaps: Tensor | None = None,
     ) -> Tensor:
@@ -293,27 +309,36 @@ class Criterion:
 
         Args:
             logits: (B, A, K).
-            assigned: (B, A).
-            gt_classes: per image (G,).
+            positives: N points with objects.
+            gt_classes: (G,), of the objects of all images.
             counted: (B, A) bool.
-            overlaps: (B, A), what the scores of the classes should be; None: 1.
+            overlaps: (N,), what the scores of the positives' classes should be; None: 1.
         """
-        labels = torch.full_like(assigned, self.num_classes)
-        for image, classes in enumerate(gt_classes):
-            positive = assigned[image] >= 0
-            labels[image, positive] = classes[assigned[image, positive]]
-        labels = F.one_hot(labels[counted], self.num_classes + 1)[:, :-1].float()
-        logits = logits[counted].float()
+        logits = logits.float()
+        target = torch.zeros_like(logits)
+        classes = gt_classes[positives.object]
+        score = torch.ones_like(classes, dtype=target.dtype) if overlaps is None else overlaps
+        target[positives.image, positives.point, classes] = score
         if overlaps is not None:
-            target = labels * overlaps[counted][:, None]
-            return quality_focal_loss(logits, target, gamma=self.focal_loss_gamma).sum()
-        return sigmoid_focal_loss(
-            logits,
-            labels,
-            alpha=self.focal_loss_alpha,
-            gamma=self.focal_loss_gamma,
-            reduction="sum",
-        )
+            loss = quality_focal_loss(logits, target, gamma=self.focal_loss_gamma)
+        else:
+            loss = sigmoid_focal_loss(
+                logits, target, alpha=self.focal_loss_alpha, gamma=self.focal_loss_gamma
+            )
+        return (loss * counted[..., None]).sum()
+
+    def landmark_losses(
+        self, points: AnchorPoints, stage: str, samples: StageSamples
+    ) -> dict[str, Tensor]:
+        """Losses of the branches in the init or in the refine stage, by name."""
+        count = len(samples.branches[0].positives) / len(samples.assigned)
+        get_event_storage().put_scalar(f"lsnet/num_pos_{stage}", count)
+        return {
+            f"loss_{found.branch.name}_{stage}": found.branch.loss_weights[stage]
+            * self.landmark_loss(points, found)
+            / divisor
+            for found, divisor in zip(samples.branches, samples.divisors[1:], strict=True)
+        }
 
     def landmark_loss(self, points: AnchorPoints, samples: BranchSamples) -> Tensor:
         """Loss of a branch, summed over its positives."""

@@ -99,12 +99,12 @@ class BranchLayers(nn.Module):
         )
 
     def initial(self, features: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Initial vectors (B, A, V + 1, 4), and sampling points (B, A, 9, 2) as x, y, in cells."""
+        """Initial vectors (B, A, V + 1, 4), and free sampling points (B, A, F, 2) as x, y, in
+        cells."""
         raw = flatten_levels([self.init_out(F.relu(self.init_conv(f))) for f in features])
         vectors, free = raw.tensor_split([self.vector_channels], dim=2)
         vectors = F.softplus(vectors).unflatten(2, (-1, COMPONENTS))
-        free = free.unflatten(2, (self.branch.num_free_points, 2)).flip(-1)
-        return vectors, self.branch.sampling_points(vectors, free)
+        return vectors, free.unflatten(2, (self.branch.num_free_points, 2)).flip(-1)
 
     def refined(self, features: list[Tensor], grid: PyramidGrid | None, vectors: Tensor) -> Tensor:
         """Refined vectors (B, A, V + 1, 4): a residual on the initial ones."""
@@ -209,9 +209,10 @@ class LSNetHead(nn.Module):
                 corners, context = self.corners(branch_features)
                 branch_features = context.add(branch_features)
                 sampled = context.join(branch_features)
-            vectors, points = layers.initial(branch_features)
-            points = points.detach().lerp(points, self.offset_gradient_mul)
+            vectors, free = layers.initial(branch_features)
             if self.sampling:
+                points = layers.branch.sampling_points(vectors, free)
+                points = points.detach().lerp(points, self.offset_gradient_mul)
                 grid = PyramidGrid(points, sizes, reference_offsets=self.reference_offsets)
             init.append(vectors)
             refine.append(layers.refined(sampled, grid, vectors))

@@ -64,7 +64,6 @@ class LSNet(DenseDetector):
         max_detections_per_image: int = 100,
         pixel_mean: list[float],
         pixel_std: list[float],
-        input_format: str = "RGB",
     ) -> None:
         """
         Args:
@@ -78,13 +77,24 @@ class LSNet(DenseDetector):
             test_quality_share: of the third stage's judgement in scores, as an exponent.
             test_polish_repeats: how many times more the third stage makes its last step.
             test_soft_nms_sigma: of :func:`.overlap_decay`; 0: scores do not decay.
-            input_format: channel order of the images, for visualisation.
+
+        Raises:
+            ValueError: strides do not double from level to level, or the criterion has losses of a
+                third stage that is not there, or none of one that is.
         """
         super().__init__(
             backbone, head, head_in_features, pixel_mean=pixel_mean, pixel_std=pixel_std
         )
         shapes = backbone.output_shape()
         self.strides = [shapes[name].stride for name in head_in_features]
+        # Objects learn at the level that suits their size.
+        if any(b != 2 * a for a, b in zip(self.strides, self.strides[1:], strict=False)):
+            raise ValueError(
+                f"MODEL.LSNET.IN_FEATURES have strides {self.strides}; each must be twice the one "
+                "before"
+            )
+        if (polish is None) != (criterion.polish_criterion is None):
+            raise ValueError("a third stage needs its losses in the criterion, and they need it")
         looked_at = {*head_in_features, *(polish.in_features if polish is not None else ())}
         self.unused_features = [name for name in shapes if name not in looked_at]
         self.branches = branches
@@ -99,7 +109,6 @@ class LSNet(DenseDetector):
         self.test_polish_repeats = test_polish_repeats
         self.test_soft_nms_sigma = test_soft_nms_sigma
         self.max_detections_per_image = max_detections_per_image
-        self.input_format = input_format
 
     @classmethod
     def from_config(cls, cfg) -> dict:
@@ -134,7 +143,6 @@ class LSNet(DenseDetector):
             "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
-            "input_format": cfg.INPUT.FORMAT,
         }
 
     def forward(self, batched_inputs: list[dict], *, do_postprocess: bool = True):
@@ -212,8 +220,8 @@ class LSNet(DenseDetector):
         image: int,
         image_size: tuple[int, int],
     ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
-        """Detections of one image, in pixels of the network's input, not clipped to the image where
-        a third stage has moved them.
+        """Detections of one image, in pixels of the network's input. Boxes are clipped to the
+        image, landmarks are not.
 
         Args:
             fine: each (B, C, H, W), the feature maps that the third stage looks at.
@@ -250,7 +258,7 @@ class LSNet(DenseDetector):
         if self.polish is not None:
             fine = [feature[image : image + 1] for feature in fine]
             landmarks, landmark_scores = self.polished(fine, landmarks, scores, classes)
-            boxes = self.branches[0].boxes(landmarks[0])
+            boxes = clip_boxes(self.branches[0].boxes(landmarks[0]), image_size)
             # An object found twice is now found twice at the same place.
             kept, classes, scores = select_detections(
                 boxes,

@@ -21,7 +21,7 @@ from .areas import cells_inside, to_segment
 from .assigners import lowest_cost
 from .blocks import same_conv, set_prior
 from .distributed import mean_over_workers
-from .landmarks import LandmarkTargets
+from .landmarks import LandmarkTargets, as_indices
 from .points import make_anchor_points, points_in_boxes, square_lattice
 
 # How far from an outline a cell tells where it is, in cells, and the cells around an outline's
@@ -137,10 +137,12 @@ def nearest_outline(contours: Tensor, size: tuple[int, int], stride: int) -> tup
     window = square_lattice(torch.arange(-_WINDOW, _WINDOW + 1, device=start.device))
     cells = points.round().long()[:, None] + window  # (M, 25, 2)
     segment = segment[:, None].expand(cells.shape[:2])
+    # As indices: with a mask the host would wait for the GPU at each tensor.
     on_map = ((cells >= 0) & (cells < cells.new_tensor([width, height]))).all(2)
+    on_map = torch.nonzero(on_map, as_tuple=True)
     cells, segment = cells[on_map], segment[on_map]
     distance = to_segment(cells, start[segment], along[segment]).norm(dim=1)
-    close = distance < _REACH
+    close = as_indices(distance < _REACH)
     cells, segment = cells[close], segment[close]
     owner = lowest_cost(height * width, cells[:, 1] * width + cells[:, 0], segment, distance[close])
     near = torch.nonzero(owner >= 0).squeeze(1)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .assigners import pairwise_iou_inverted
 from .head import HeadOutput
-from .landmarks import LandmarkBranch, LandmarkTargets
+from .landmarks import LandmarkBranch, LandmarkTargets, as_indices
 from .outlines import known_cells
 from .points import AnchorPoints
 from .polish import Polish, Polished
@@ -138,10 +138,11 @@ class PolishCriterion:
                 torch.cat([regions, own[~target.present]])
                 for regions, own, target in zip(truth.regions, boxes, targets, strict=True)
             ]
+            present = [as_indices(target.present) for target in targets]
             losses |= maps.losses(
                 feature,
-                [target[target.present] for target in targets],
-                [c[t.present] for c, t in zip(truth.classes, targets, strict=True)],
+                [target[index] for target, index in zip(targets, present, strict=True)],
+                [own[index] for own, index in zip(truth.classes, present, strict=True)],
                 known_cells(tuple(feature.shape[-2:]), maps.stride, image_sizes, ignored),
             )
         return losses
@@ -169,16 +170,13 @@ class PolishCriterion:
         branch = first.branch
         vectors = predictions.refine[0][image, point].float()
         boxes = branch.boxes(branch.decode(vectors, points.xy[point], points.strides[point]))
-        owner = torch.full_like(point, -1)
-        start = 0
-        for number, target in enumerate(truth.targets[0]):
-            if len(target.boxes):
-                own = image == number
-                overlap = pairwise_iou_inverted(boxes[own, None], target.boxes)
-                overlap, nearest = overlap.max(dim=1)
-                owner[own] = torch.where(overlap > 0, nearest + start, -1)
-            start += len(target.boxes)
-        return Matches(image, point, owner)
+        objects = [target.boxes for target in truth.targets[0]]
+        overlap = pairwise_iou_inverted(boxes[:, None], torch.cat(objects))
+        numbers = [number for number, own in enumerate(objects) for _ in range(len(own))]
+        elsewhere = image[:, None] != image.new_tensor(numbers)
+        overlap = overlap.masked_fill(elsewhere, 0)
+        # The first of equals is taken: nothing, where nothing overlaps.
+        return Matches(image, point, F.pad(overlap, (1, 0)).argmax(dim=1) - 1)
 
     def branch_losses(
         self,

@@ -10,7 +10,7 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from .landmarks import LandmarkBranch, clip_points
+from .landmarks import LandmarkBranch, as_indices, clip_points
 
 
 def top_points(scores: Tensor, points_per_level: list[int], topk: int) -> Tensor:
@@ -98,7 +98,7 @@ def overlap_decay(boxes: Tensor, classes: Tensor, sigma: float) -> Tensor:
     Returns:
         (D,), from 0 to 1.
     """
-    overlap = box_iou(boxes, boxes) * (classes[:, None] == classes)
+    overlap = box_iou(boxes, boxes).nan_to_num(0) * (classes[:, None] == classes)  # empty boxes
     most = F.pad(overlap.tril(-1), (1, 0)).amax(dim=1).clamp(0, 1)  # 0 for the first one
     return (-most.square() / sigma).exp()
 
@@ -152,7 +152,8 @@ def rescale_instances(
     results.pred_boxes = instances.pred_boxes.clone()
     results.pred_boxes.scale(*scale)
     results.pred_boxes.clip(results.image_size)
-    results = results[results.pred_boxes.nonempty() & (results.pred_boxes.area() > min_box_area)]
+    kept = results.pred_boxes.nonempty() & (results.pred_boxes.area() > min_box_area)
+    results = results[as_indices(kept)]
     for branch in branches:
         branch.rescale_predictions(results, scale)
     return results

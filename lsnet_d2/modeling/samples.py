@@ -75,6 +75,21 @@ class BranchSamples:
     targets: LandmarkTargets
 
 
+@dataclass
+class StageSamples:
+    """What the branches learn in one stage.
+
+    Attributes:
+        assigned: (B, A), the object of each point, counted in its image, or -1.
+        branches: of each branch.
+        divisors: (1 + branches,), see :func:`normalizers`.
+    """
+
+    assigned: Tensor
+    branches: list[BranchSamples]
+    divisors: Tensor
+
+
 def normalizers(positives: Matches, targets: list[LandmarkTargets], num_images: int) -> Tensor:
     """What losses are divided by, averaged over workers.
 
@@ -87,7 +102,8 @@ def normalizers(positives: Matches, targets: list[LandmarkTargets], num_images: 
         one an image; for each branch that number without the positives from which it learns
         nothing.
     """
-    per_image = torch.bincount(positives.image, minlength=num_images)
+    per_image = positives.image.new_zeros(num_images)
+    per_image = per_image.index_add(0, positives.image, torch.ones_like(positives.image))
     total = per_image.clamp(min=1).sum()
     without = [(~target.present[positives.object]).sum() for target in targets]
     totals = torch.stack([total, *(total - n for n in without)]).float()

@@ -2,6 +2,7 @@ import pytest
 import torch
 from detectron2.utils.events import EventStorage
 from tiny_model import make_input, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lsnet_d2.modeling.branches import ExtremeBranch
 from lsnet_d2.modeling.criterion import Criterion
@@ -31,26 +32,24 @@ def test_overlaps_are_those_of_the_predicted_boxes_with_their_objects():
     vectors = encode_vectors(ends - points.xy[positives.point][:, None], branch.alpha) / 8
     targets = LandmarkTargets.make(true, branch.boxes(true))
     samples = BranchSamples(branch, vectors, positives, targets)
-    overlaps = Criterion.overlaps(points, samples, torch.Size([2, 16]))
-    expected = torch.zeros(2, 16)
-    expected[0, 5], expected[1, 6] = 0.5, 1.0
-    torch.testing.assert_close(overlaps, expected)
+    overlaps = Criterion.overlaps(points, samples)
+    torch.testing.assert_close(overlaps, torch.tensor([0.5, 1.0, 0.0]))
 
 
 @pytest.mark.parametrize("soft", [False, True])
 def test_classes_are_learned_from_what_their_boxes_overlap(soft):
     """Least is lost where the score of the object's class is the overlap, or 1."""
     criterion = tiny_model(CLS_SOFT_LABELS=soft).criterion
-    assigned = torch.tensor([[-1, 0, 1]])
-    overlaps = torch.tensor([[0.0, 0.25, 0.75]]) if soft else None
+    positives = Matches(*torch.tensor([[0, 0], [1, 2], [0, 1]]))
+    overlaps = torch.tensor([0.25, 0.75]) if soft else None
     best = torch.zeros(1, 3, 3)
     best[0, 1, 2], best[0, 2, 0] = (0.25, 0.75) if soft else (1.0, 1.0)
 
     def loss(scores):
         counted = torch.ones(1, 3, dtype=torch.bool)
         logits = scores.clamp(1e-6, 1 - 1e-6).logit()
-        classes = [torch.tensor([2, 0])]
-        return criterion.classification_loss(logits, assigned, classes, counted, overlaps).item()
+        classes = torch.tensor([2, 0])
+        return criterion.classification_loss(logits, positives, classes, counted, overlaps).item()
 
     least = loss(best)
     assert least < 1e-6
@@ -61,6 +60,22 @@ def test_classes_are_learned_from_what_their_boxes_overlap(soft):
                 other[0, point, number] += change
                 if 0 <= other[0, point, number] <= 1:
                     assert loss(other) > least + 1e-4
+
+
+@pytest.mark.parametrize("overlaps", [None, torch.tensor([0.5])])
+def test_classes_are_not_learned_where_they_are_not_counted(overlaps):
+    criterion = tiny_model().criterion
+    logits = torch.randn(2, 3, 3, generator=torch.Generator().manual_seed(0))
+    counted = torch.tensor([[True, False, True], [False, True, True]])
+    positives = Matches(*torch.tensor([[1], [2], [0]]))
+
+    def loss(logits):
+        classes = torch.tensor([1])
+        return criterion.classification_loss(logits, positives, classes, counted, overlaps)
+
+    changed = torch.where(counted[..., None], logits, -logits)
+    assert loss(changed) == loss(logits) > 0
+    assert loss(-logits) != loss(logits)
 
 
 def test_soft_labels_are_the_overlaps_of_the_refine_stage(monkeypatch):
@@ -83,8 +98,8 @@ def test_soft_labels_are_the_overlaps_of_the_refine_stage(monkeypatch):
     taken = []
     overlaps = Criterion.overlaps
 
-    def recorded(points, first, shape):
-        taken.append((first, overlaps(points, first, shape)))
+    def recorded(points, first):
+        taken.append((first, overlaps(points, first)))
         return taken[-1][1]
 
     monkeypatch.setattr(Criterion, "overlaps", staticmethod(recorded))
@@ -100,7 +115,7 @@ def test_soft_labels_are_the_overlaps_of_the_refine_stage(monkeypatch):
     )
     assert 0 < used.max() < 1 and (used > 0).sum() <= len(positives)
     target = torch.zeros_like(predictions.logits)
-    target[..., 0] = used
+    target[positives.image, positives.point, 0] = used
     expected = quality_focal_loss(predictions.logits, target).sum() / len(positives)
     torch.testing.assert_close(again, expected)
 
@@ -129,3 +144,47 @@ def test_keypoints_that_span_no_box_make_no_background(labelled):
     assert len(truth.classes[0]) == 1
     assert truth.regions[0].tolist() == [[30, 30, 90, 80]]
     assert truth.ignored.sum() > 40
+
+
+class _Waits(TorchDispatchMode):
+    """Counts operators for whose result a host has to wait for its GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        name = operator.overloadpacket.__name__
+        masks = args[1] if name in ("index", "index_put", "index_put_") else ()
+        self.count += name in ("nonzero", "_local_scalar_dense", "bincount", "masked_select")
+        self.count += any(i is not None and i.dtype == torch.bool for i in masks)
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("keys", "most"),
+    [
+        ({}, 4),
+        (
+            {
+                "TASK": "joint",
+                "BRANCHES": ["extreme", "contour", "keypoint"],
+                "POLISH_IN_FEATURES": ["p3"],
+                "POLISH_POSITIVES": 2,
+                "KEYPOINT_SEARCH": True,
+            },
+            9,
+        ),
+    ],
+)
+def test_waits_little_for_a_gpu_at_each_image(keys, most):
+    model = tiny_model(**keys).train()
+
+    def waits(num_images):
+        inputs = [make_input([[10, 12, 60, 70], [20, 20, 80, 90]], [0, 1])] * num_images
+        with EventStorage(), _Waits() as mode:
+            model(inputs)
+        return mode.count
+
+    one, three = waits(1), waits(3)
+    assert 0 < (three - one) / 2 <= most

@@ -5,6 +5,7 @@ import torch
 from detectron2.utils.events import EventStorage
 from tiny_model import make_input, tiny_model
 
+from lsnet_d2.modeling.lsnet import LSNet
 from lsnet_d2.modeling.points import make_anchor_points
 
 BOXES = [[10, 12, 60, 70], [70, 20, 120, 90], [30, 40, 44, 60]]
@@ -257,6 +258,33 @@ def test_learns_one_image():
 def test_a_map_that_the_backbone_lacks_is_named():
     with pytest.raises(ValueError, match=r"MODEL\.LSNET\.IN_FEATURES names \['p8'\]; .* p3, "):
         tiny_model(IN_FEATURES=["p3", "p4", "p8"])
+
+
+@pytest.mark.parametrize(
+    ("names", "strides"),
+    [(["p3", "p5", "p7"], "8, 32, 128"), (["p5", "p4", "p3"], "32, 16, 8")],
+)
+def test_levels_are_in_order_and_without_gaps(names, strides):
+    """Or else objects of some sizes would have no level to learn at."""
+    with pytest.raises(ValueError, match=rf"IN_FEATURES have strides \[{strides}\]"):
+        tiny_model(IN_FEATURES=names)
+
+
+def test_a_third_stage_and_its_losses_come_together():
+    model = tiny_model(POLISH_IN_FEATURES=["p3"])
+    parts = {
+        "backbone": model.backbone,
+        "head": model.head,
+        "head_in_features": model.head_in_features,
+        "branches": model.branches,
+        "num_classes": 3,
+        "criterion": model.criterion,
+        "pixel_mean": [0.0],
+        "pixel_std": [1.0],
+    }
+    with pytest.raises(ValueError, match="third stage needs its losses"):
+        LSNet(**parts)
+    assert LSNet(**parts, polish=model.polish).polish is model.polish
 
 
 def test_features_that_nothing_looks_at_are_known():

@@ -331,6 +331,22 @@ def test_detections_that_meet_are_one():
     assert len(classes) == len(set(classes)) > 1
 
 
+def test_boxes_are_clipped_before_they_are_compared():
+    """As they are returned, also by ``detect``, which an exported model calls."""
+    model = detecting_model()
+
+    class Outwards(torch.nn.Module):
+        def forward(self, features, image, landmarks, heatmaps):
+            return [Polished(3 * x - 96, torch.zeros(len(x), 3), None) for x in landmarks]
+
+    with torch.no_grad():
+        model.polish.steps = torch.nn.ModuleList([Outwards()])
+        image = model.preprocess_image([make_input(BOXES, [0, 1, 2])])
+        boxes, *_, landmarks, _ = model.detect(*model.predict(image.tensor), 0, (96, 96))
+    assert (landmarks[0] < 0).any() and (landmarks[0] > 96).any()
+    assert boxes.amin() == 0 and boxes.amax() == 96
+
+
 def test_share_of_the_quality():
     with pytest.raises(ValueError, match="QUALITY_SHARE_TEST is 1.5"):
         polished_model(QUALITY_SHARE_TEST=1.5)

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from parity import Recorded
@@ -50,6 +52,11 @@ class TestOverlapDecay:
         decay = overlap_decay(self.BOXES, torch.tensor([0, 1, 0, 0]), sigma=1.0)
         overlaps = torch.tensor([0.0, 0.0, 0.4, 0.0])
         torch.testing.assert_close(decay, (-(overlaps**2)).exp())
+
+    def test_boxes_without_an_area_overlap_nothing(self):
+        boxes = torch.tensor([[0.0, 0, 10, 10], [40, 5, 40, 9], [40, 5, 40, 9], [0, 0, 10, 10]])
+        decay = overlap_decay(boxes, torch.zeros(4, dtype=torch.int64), sigma=1.0)
+        assert decay.tolist() == pytest.approx([1, 1, 1, math.exp(-1)])
 
     def test_of_nothing(self):
         assert overlap_decay(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), 1.0).shape == (
