@@ -41,7 +41,11 @@ logger = logging.getLogger(__name__)
 COCO_OKS_SIGMAS = Params("keypoints").kpt_oks_sigmas.tolist()
 
 # What the predictions of a branch are scored as, besides boxes.
-TASKS = {"pred_extreme_points": (), "pred_contours": ("segm",), "pred_keypoints": ("keypoints",)}
+_EVALUATED = {
+    "pred_extreme_points": (),
+    "pred_contours": ("segm",),
+    "pred_keypoints": ("keypoints",),
+}
 
 # What of a result COCO's evaluation of a task sees, in the order in which tasks are named. Without
 # "bbox" it sorts masks into small, medium and large by their own area; keypoints go by the box's.
@@ -88,7 +92,7 @@ def evaluation_tasks(cfg: CfgNode) -> tuple[str, ...] | None:
     """COCO's names of what is scored; None infers it from the predictions."""
     if cfg.MODEL.META_ARCHITECTURE != "LSNet":
         return None
-    needed = {"bbox", *(task for b in build_branches(cfg) for task in TASKS[b.pred_field])}
+    needed = {"bbox", *(task for b in build_branches(cfg) for task in _EVALUATED[b.pred_field])}
     return tuple(task for task in TASK_KEYS if task in needed)
 
 

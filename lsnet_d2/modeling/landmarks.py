@@ -92,7 +92,8 @@ class LandmarkBranch(ABC):
     """One kind of landmarks.
 
     Attributes:
-        name: names the losses, ``loss_{name}_init`` and ``loss_{name}_refine``.
+        name: that of the paper's task, in the names of losses (``loss_{name}_init``) and modules;
+            the config has others (``branches.BRANCHES``).
         num_landmarks: V. The network predicts V + 1 vectors, the last to the centre of the box.
         sampling_landmarks: indices of the landmarks at which features are sampled. The centre is
             sampled too, and what is missing to nine points are free, learned displacements.
