@@ -145,7 +145,8 @@ class StraightPortHead(nn.Module):
         init, refine = [], []
         for layers in self.branches.values():
             branch_features = layers.tower(features)
-            vectors, points = layers.initial(branch_features)
+            vectors, free = layers.initial(branch_features)
+            points = layers.branch.sampling_points(vectors, free)
             points = points.detach().lerp(points, self.offset_gradient_mul)
             grid = SamplingPoints(points, sizes)
             init.append(vectors)
