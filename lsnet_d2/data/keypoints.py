@@ -1,6 +1,7 @@
 """The skeleton of a data set: names of keypoints, left and right pairs, bones, OKS sigmas."""
 
 import logging
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ SKELETON_KEYS = ("keypoints", "skeleton", "keypoint_flip_map", "keypoint_oks_sig
 
 MAX_COORDINATE = 2**31  # beyond all images; much more does not fit into a float32
 _SIDES = ("left", "right")
+_SIDE = re.compile(r"(?<![a-z])(left|right)(?![a-z])")  # as a word
 _BONE_COLOR = (102, 204, 255)
 
 
@@ -147,6 +149,9 @@ def _given_pairs(category: dict, names: list[str]) -> list[tuple[str, str]]:
 
 def _pairs(names: list[str]) -> list[tuple[str, str]]:
     left, right = _SIDES
+    if len({name.lower() for name in names}) < len(names):  # capitals tell them apart
+        pairs = ((name, name.replace(left, right)) for name in names if left in name)
+        return [(name, other) for name, other in pairs if other in names]
     known = {name.lower(): name for name in names}
     pairs = ((name, name.lower().replace(left, right)) for name in names if left in name.lower())
     return [(name, known[other]) for name, other in pairs if other in known]
@@ -204,12 +209,11 @@ def keypoint_flip_indices(dataset_names: Sequence[str], num_keypoints: int) -> l
             f"{len(names)} (it is {num_keypoints})"
         )
     mirrored = dict(flip_map) | {right: left for left, right in flip_map}
-    alone = [n for n in names if n not in mirrored and any(s in n.lower() for s in _SIDES)]
-    if alone or (num_keypoints > 1 and not flip_map):
+    if alone := [n for n in names if n not in mirrored and _SIDE.search(n.lower())]:
         logging.getLogger(__name__).warning(
-            "data set %s: %s exchanged in mirrored images; if left and right should be, give "
-            "'keypoint_flip_map' in its category, or set INPUT.RANDOM_FLIP none",
+            "data set %s: keypoints %s have no partner on the other side, and stay what they are "
+            "in mirrored images; 'keypoint_flip_map' in its category gives pairs",
             first,
-            f"keypoints {', '.join(alone)} are not" if alone else "no keypoints are",
+            ", ".join(alone),
         )
     return [names.index(mirrored.get(name, name)) for name in names]

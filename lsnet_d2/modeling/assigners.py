@@ -51,14 +51,14 @@ def assign_nearest(
     gt_sizes = (gt_boxes[:, 2:] - gt_boxes[:, :2]).clamp(min=_EPS_SIZE)
     first, last = stride_log2(strides[0]), stride_log2(strides[-1])
     gt_levels = torch.log2(gt_sizes / base_scale).mean(dim=1).int().clamp(first, last)
+    order = gt_levels.argsort(stable=True)
     gt_levels = gt_levels.tolist()  # the host waits once, not at each level
+    of_levels = order.split([gt_levels.count(stride_log2(stride)) for stride in strides])
 
     places = _places(points, valid)
     chosen, owners, costs = [], [], []
     start = 0
-    for stride, count in zip(strides, points_per_level, strict=True):
-        objects = [i for i, level in enumerate(gt_levels) if level == stride_log2(stride)]
-        objects = torch.tensor(objects, dtype=torch.int64, device=points.device)
+    for objects, count in zip(of_levels, points_per_level, strict=True):
         level = slice(start, start + count)
         distance, nearest = _nearest(
             places[level], gt_centers[objects], gt_sizes[objects], min(num_positives, count)

@@ -172,9 +172,8 @@ class PolishCriterion:
         boxes = branch.boxes(branch.decode(vectors, points.xy[point], points.strides[point]))
         objects = [target.boxes for target in truth.targets[0]]
         overlap = pairwise_iou_inverted(boxes[:, None], torch.cat(objects))
-        numbers = [number for number, own in enumerate(objects) for _ in range(len(own))]
-        elsewhere = image[:, None] != image.new_tensor(numbers)
-        overlap = overlap.masked_fill(elsewhere, 0)
+        numbers = torch.cat([image.new_full((len(o),), n) for n, o in enumerate(objects)])
+        overlap = overlap.masked_fill(image[:, None] != numbers, 0)
         # The first of equals is taken: nothing, where nothing overlaps.
         return Matches(image, point, F.pad(overlap, (1, 0)).argmax(dim=1) - 1)
 

@@ -74,6 +74,9 @@ def test_left_and_right_are_pairs_in_capitals_too():
     names = ["Left eye", "RIGHT_EAR", "nose", "Right eye", "LEFT_EAR"]
     pairs = skeleton_metadata([{"name": "face", "keypoints": names}])["keypoint_flip_map"]
     assert pairs == [("Left eye", "Right eye"), ("LEFT_EAR", "RIGHT_EAR")]
+    names = ["left_a", "Left_a", "right_a", "Right_a"]
+    pairs = skeleton_metadata([{"name": "face", "keypoints": names}])["keypoint_flip_map"]
+    assert pairs == [("left_a", "right_a")]
 
 
 @pytest.mark.parametrize(
@@ -81,8 +84,8 @@ def test_left_and_right_are_pairs_in_capitals_too():
     [
         (["left_eye", "right_eye", "nose"], None),
         (["nose"], None),
-        (["left_eye", "right_eye", "Left ear", "ear_right"], "keypoints Left ear, ear_right are"),
-        (["L_hip", "R_hip"], "no keypoints are exchanged"),
+        (["left_eye", "right_eye", "Left ear", "ear_right"], "keypoints Left ear, ear_right have"),
+        (["cleft", "upright", "tail"], None),
     ],
 )
 def test_keypoints_that_mirroring_does_not_exchange_are_named(register, caplog, names, message):
