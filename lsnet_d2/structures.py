@@ -2,7 +2,6 @@
 
 import operator
 from collections.abc import Iterator, Sequence
-from numbers import Integral
 from typing import SupportsIndex
 
 import numpy as np
@@ -58,9 +57,7 @@ class ContourMasks:
     def __getitem__(self, index: SupportsIndex | slice | Tensor) -> "Tensor | ContourMasks":
         """A bitmap (H, W) for a number, also one of numpy or a tensor of none, else the chosen
         masks."""
-        if isinstance(index, Integral) or (
-            isinstance(index, (Tensor, np.ndarray)) and not index.ndim
-        ):
+        if isinstance(index, SupportsIndex) and not getattr(index, "ndim", 0):
             return self[[operator.index(index)]].tensor[0]
         return ContourMasks(self.contours[index], self.image_size)
 

@@ -56,27 +56,29 @@ def first_images(data: dict, count: int, keypoints: bool = False) -> dict:
     return {**data, "images": images, "annotations": annotations}
 
 
-def as_in_tests(cfg: CfgNode) -> list[str]:
+def as_opts(options: dict[str, object]) -> list[str]:
+    return [word for key, value in options.items() for word in (key, repr(value))]
+
+
+def as_in_tests(cfg: CfgNode) -> dict[str, object]:
     """The options that show images in training as tests do: whole, in one size, never mirrored."""
-    values = {
+    return {
         "INPUT.RANDOM_FLIP": "none",
         "INPUT.CROP.ENABLED": False,
         "INPUT.MIN_SIZE_TRAIN_SAMPLING": "choice",
         "INPUT.MIN_SIZE_TRAIN": (cfg.INPUT.MIN_SIZE_TEST,),
         "INPUT.MAX_SIZE_TRAIN": cfg.INPUT.MAX_SIZE_TEST,
     }
-    return [word for key, value in values.items() for word in (key, repr(value))]
 
 
-def short_schedule(cfg: CfgNode) -> list[str]:
+def short_schedule(cfg: CfgNode) -> dict[str, object]:
     """The options that give a config the schedule for few images."""
-    values = {
+    return {
         **schedule_of_length(cfg, ITERATIONS),
         "TEST.EVAL_PERIOD": 0,
         "TEST.BEST_METRIC": "",
         "TEST.PATIENCE": 0,
     }
-    return [word for key, value in values.items() for word in (key, repr(value))]
 
 
 @exit_on_user_error()
@@ -95,10 +97,15 @@ def main() -> None:
     files = [[DATASET, os.path.abspath(subset), os.path.abspath(args.images)]]
     files += [file for file in given.DATASETS.COCO_FILES if file[0] != DATASET]  # an earlier one's
 
-    opts = [] if "SOLVER.MAX_ITER" in args.opts else short_schedule(given)
-    opts += ["DATASETS.TRAIN", f"('{DATASET}',)", "DATASETS.TEST", f"('{DATASET}',)"]
-    opts += [*as_in_tests(given), "OUTPUT_DIR", args.output]
-    cfg = load_config(args.config_file, [*opts, *args.opts, "DATASETS.COCO_FILES", repr(files)])
+    options = {
+        **({} if "SOLVER.MAX_ITER" in args.opts else short_schedule(given)),
+        **as_in_tests(given),
+        "DATASETS.TRAIN": (DATASET,),
+        "DATASETS.TEST": (DATASET,),
+        "OUTPUT_DIR": args.output,
+    }
+    opts = [*as_opts(options), *args.opts, *as_opts({"DATASETS.COCO_FILES": files})]
+    cfg = load_config(args.config_file, opts)
     if classes_key(cfg) not in args.opts:
         cfg.merge_from_list([classes_key(cfg), len(data["categories"])])
     cfg.freeze()

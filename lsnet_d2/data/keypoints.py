@@ -149,11 +149,10 @@ def _given_pairs(category: dict, names: list[str]) -> list[tuple[str, str]]:
 
 def _pairs(names: list[str]) -> list[tuple[str, str]]:
     left, right = _SIDES
-    if len({name.lower() for name in names}) < len(names):  # capitals tell them apart
-        pairs = ((name, name.replace(left, right)) for name in names if left in name)
-        return [(name, other) for name, other in pairs if other in names]
     known = {name.lower(): name for name in names}
-    pairs = ((name, name.lower().replace(left, right)) for name in names if left in name.lower())
+    if len(known) < len(names):  # capitals tell them apart
+        known = {name: name for name in names}
+    pairs = ((name, key.replace(left, right)) for key, name in known.items() if left in key)
     return [(name, known[other]) for name, other in pairs if other in known]
 
 

@@ -128,8 +128,10 @@ class Criterion:
         """
         truth = self.ground_truth(points, image_sizes, batched_inputs)
         assigned = self.assign(points, predictions, truth.targets[0], truth.valid)
+        targets = [LandmarkTargets.cat(t) for t in truth.targets]
+        num_objects = [len(x) for x in truth.classes]
         init, refine = (
-            self.samples(of_stage, dense, truth)
+            self.samples(of_stage, num_objects, dense, targets)
             for of_stage, dense in zip(
                 assigned, (predictions.init, predictions.refine), strict=True
             )
@@ -256,15 +258,21 @@ class Criterion:
             refine.append(assignment)
         return torch.stack(init), torch.stack(refine)
 
-    def samples(self, assigned: Tensor, dense: list[Tensor], truth: GroundTruth) -> StageSamples:
+    def samples(
+        self,
+        assigned: Tensor,
+        num_objects: list[int],
+        dense: list[Tensor],
+        targets: list[LandmarkTargets],
+    ) -> StageSamples:
         """What the branches learn in one stage.
 
         Args:
-            assigned: (B, A), objects counted in each image, or -1.
+            assigned, num_objects: see :meth:`positives`.
             dense: per branch (B, A, V + 1, 4), what the stage predicts.
+            targets: of each branch, of the objects of all images.
         """
-        positives = self.positives(assigned, [len(x) for x in truth.classes])
-        targets = [LandmarkTargets.cat(t) for t in truth.targets]
+        positives = self.positives(assigned, num_objects)
         branches = []
         for branch, target, vectors in zip(self.branches, targets, dense, strict=True):
             learned = positives[target.present[positives.object]]

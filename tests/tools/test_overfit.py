@@ -46,7 +46,7 @@ def test_the_schedule_is_for_few_images(tool):
     """Not that of the config, which may be for thousands."""
     path = str(ROOT / "configs/bbox/lsnet_R_50_FPN_1x.yaml")
     best = ["TEST.BEST_METRIC", "bbox/AP"]
-    schedule = tool.short_schedule(load_config(path, best, need_data_sets=False))
+    schedule = tool.as_opts(tool.short_schedule(load_config(path, best, need_data_sets=False)))
     given = ["SOLVER.WARMUP_ITERS", "500"]
     short = load_config(path, [*best, *schedule, *given], need_data_sets=False)
     assert (short.SOLVER.MAX_ITER, short.SOLVER.STEPS) == (1150, (767, 1054))
@@ -58,7 +58,7 @@ def test_images_are_shown_as_in_tests(tool):
     path = str(ROOT / "configs/plus/photos_joint.yaml")
     cfg = load_config(path, need_data_sets=False)
     assert cfg.INPUT.CROP.ENABLED and len(cfg.INPUT.MIN_SIZE_TRAIN) > 1
-    same = load_config(path, tool.as_in_tests(cfg), need_data_sets=False).INPUT
+    same = load_config(path, tool.as_opts(tool.as_in_tests(cfg)), need_data_sets=False).INPUT
     assert (same.RANDOM_FLIP, same.CROP.ENABLED) == ("none", False)
     assert (same.MIN_SIZE_TRAIN, same.MAX_SIZE_TRAIN) == ((384,), 544)
     assert (same.MIN_SIZE_TEST, same.MAX_SIZE_TEST) == (384, 544)
