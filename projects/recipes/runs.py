@@ -46,6 +46,9 @@ _SCHEDULE = (
 )
 
 Point = Mapping[str, str]
+Siblings = Mapping[tuple[str, str], Variant]  # by group and name
+
+_TIMING_ROUNDS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +100,7 @@ class Trainings:
         opts: list[str],
         evaluations: int = 1,
         jobs: int = 1,
-        timing_iterations: int | None = 60,
+        timing_iterations: int | None = 20,
         say: Callable[[str], None] = print,
     ) -> None:
         """
@@ -107,8 +110,8 @@ class Trainings:
             opts: keys and values in turn, over those of the variants.
             evaluations: in each training, the last at its end.
             jobs: trainings that run at once.
-            timing_iterations: of the short run that measures an iteration. None: none is made,
-                and what has not been timed has no rows.
+            timing_iterations: of each of the short runs that measure an iteration. None: none are
+                made, and what has not been timed has no rows.
             say: told what is going on.
         """
         self.output = output
@@ -128,12 +131,14 @@ class Trainings:
 
         Raises:
             ConfigError: a config is not valid.
-            UserError: a short run failed.
+            UserError: a short run failed, or a budget is like that of a variant not chosen.
         """
         points = [(variant, point) for variant in variants for point in variant.points]
         for variant, point in points:
             self.config(variant, point)
         siblings = {(variant.group, variant.name): variant for variant in variants}
+        if self.timing_iterations is not None:
+            self._time([step for x in points for step in _steps_of_budget(*x, siblings)])
         for variant, point in points:
             with suppress(_NotTimedError):
                 self._lengths[_key(variant, point)] = self._length(variant, point, siblings)
@@ -157,51 +162,83 @@ class Trainings:
         pairs = {**variant.opts, **point, **dict(zip(self.opts[::2], self.opts[1::2], strict=True))}
         return [word for pair in pairs.items() for word in pair]
 
-    def _length(self, variant: Variant, point: Point, siblings: dict) -> int:
+    def _length(self, variant: Variant, point: Point, siblings: Siblings) -> int:
         budget = variant.budget
         if budget.iterations is not None:
             return budget.iterations
         if budget.minutes is not None:
             seconds = 60 * budget.minutes
         elif budget.like is not None:
-            other = siblings.get((variant.group, budget.like))
-            if other is None:
-                raise UserError(
-                    f"{variant.group}: {variant.name}: its budget is like {budget.like!r}, which "
-                    "is not among the variants chosen"
-                )
+            other = _like(variant, siblings)
             seconds = self._length(other, {}, siblings) * self.seconds_of_step(other, {})
         else:
             return self.config(variant, point).SOLVER.MAX_ITER
         return max(round(seconds / self.seconds_of_step(variant, point)), 1)
 
     def seconds_of_step(self, variant: Variant, point: Point) -> float:
-        """Of a short run with nothing beside it, made once.
+        """Of the short runs made by :meth:`prepare`.
 
         Raises:
-            UserError: it failed.
-            _NotTimedError: it has not been made, and may not be.
+            _NotTimedError: they have not been made.
         """
-        cfg = self.config(variant, point)
-        name = _folder_name(variant, _hash(cfg, without=(*_TIMELESS, *_SCHEDULE)))
-        folder = self.output / self.version.key / "timings" / name
-        report = folder.with_name(f"{name}.json")
+        report = self._timing_report(variant, point)
         if not report.exists():
-            if self.timing_iterations is None:
-                raise _NotTimedError
-            shutil.rmtree(folder, ignore_errors=True)
-            self.say(f"{variant.group}: {variant.name}: timing {self.timing_iterations} iterations")
-            schedule = schedule_of_length(cfg, self.timing_iterations)
-            load = os.getloadavg()[0]
-            opts = [*_words({**schedule, **_evaluations(0)}), "DATASETS.TEST", "()"]
-            status = self._run(variant, point, folder, seed=1, opts=opts, jobs=1)
-            seconds = step_seconds(read_metrics(folder))
-            if status or not seconds:
-                raise UserError(f"{variant.group}: {variant.name}: {_last_words(folder)}")
-            with atomic_write(report, "w") as file:
-                json.dump({"seconds": seconds, "load": load}, file)
-            shutil.rmtree(folder)
+            raise _NotTimedError
         return json.loads(report.read_text())["seconds"]
+
+    def _timing_report(self, variant: Variant, point: Point) -> Path:
+        digest = _hash(self.config(variant, point), without=(*_TIMELESS, *_SCHEDULE))
+        name = _folder_name(variant, digest)
+        return self.output / self.version.key / "timings" / f"{name}.json"
+
+    def _time(self, steps: list[tuple[Variant, Point]]) -> None:
+        """Make the short runs that are missing, with nothing beside them.
+
+        All take turns, several times, and medians count: a slow minute of the machine then makes
+        none slower than the others.
+
+        Raises:
+            UserError: a short run failed.
+        """
+        missing: dict[Path, tuple[Variant, Point]] = {}
+        for step in steps:
+            report = self._timing_report(*step)
+            if not report.exists():
+                missing.setdefault(report, step)
+        load = os.getloadavg()[0]
+        rounds = [
+            {
+                report: self._short_run(variant, point, report.with_suffix(""), number)
+                for report, (variant, point) in missing.items()
+            }
+            for number in range(1, _TIMING_ROUNDS + 1)
+        ]
+        for report in missing:
+            seconds = [times[report] for times in rounds]
+            values = {"seconds": statistics.median(seconds), "rounds": seconds, "load": load}
+            with atomic_write(report, "w") as file:
+                json.dump(values, file)
+
+    def _short_run(self, variant: Variant, point: Point, folder: Path, number: int) -> float:
+        """Seconds of an iteration.
+
+        Args:
+            folder: to use meanwhile.
+            number: of the round, and the seed.
+        """
+        self.say(
+            f"{variant.group}: {variant.name}: timing {self.timing_iterations} iterations, round "
+            f"{number} of {_TIMING_ROUNDS}"
+        )
+        shutil.rmtree(folder, ignore_errors=True)
+        schedule = schedule_of_length(self.config(variant, point), self.timing_iterations)
+        opts = [*_words({**schedule, **_evaluations(0)}), "DATASETS.TEST", "()"]
+        status = self._run(variant, point, folder, seed=number, opts=opts, jobs=1)
+        seconds = step_seconds(read_metrics(folder))
+        if status or not seconds:
+            raise UserError(f"{variant.group}: {variant.name}: {_last_words(folder)}")
+        shutil.rmtree(folder)
+        return seconds
 
     def folder(self, variant: Variant, point: Point, seed: int) -> Path:
         """Of a training that :meth:`prepare` has settled the length of."""
@@ -364,6 +401,30 @@ def final_scores(metrics: list[dict], iterations: int, folder: Path) -> dict[str
 
 def _key(variant: Variant, point: Point) -> tuple:
     return variant.group, variant.name, *point.items()
+
+
+def _like(variant: Variant, siblings: Siblings) -> Variant:
+    """The one whose time a variant gets.
+
+    Raises:
+        UserError: it is not among the siblings.
+    """
+    like = variant.budget.like
+    if (variant.group, like) not in siblings:
+        raise UserError(
+            f"{variant.group}: {variant.name}: its budget is like {like!r}, which is not among the "
+            "variants chosen"
+        )
+    return siblings[variant.group, like]
+
+
+def _steps_of_budget(
+    variant: Variant, point: Point, siblings: Siblings
+) -> list[tuple[Variant, Point]]:
+    """Whose time of an iteration has to be known to settle the length of a training."""
+    if variant.budget.like is not None:
+        return [(variant, point), (_like(variant, siblings), {})]
+    return [(variant, point)] if variant.budget.minutes is not None else []
 
 
 def _folder_name(variant: Variant, digest: str) -> str:

@@ -86,7 +86,8 @@ def test_variants_are_trained_for_as_long_as_another(commands, tmp_path):
     assert rows[0].scores == {"bbox/AP": 11.0, "bbox/APl": None}
     assert rows[0].peak_memory == 200 and rows[0].parameters == 3e6
     timed = [c for c in commands if c.get("DATASETS.TEST") == "()"]
-    assert [c["SOLVER.MAX_ITER"] for c in timed] == ["60", "60"]
+    assert [c["SOLVER.MAX_ITER"] for c in timed] == ["20"] * 6
+    assert ["rcnn" in c["--config-file"] for c in timed] == [True, False] * 3  # in turn
     # the schedule of 1,450 iterations, and four evaluations
     (ours,) = (c for c in commands if c["SOLVER.MAX_ITER"] == "580")
     assert (ours["SOLVER.WARMUP_ITERS"], ours["SOLVER.CHECKPOINT_PERIOD"]) == ("40", "200")
@@ -98,8 +99,17 @@ def test_minutes_become_iterations_and_finished_runs_are_kept(commands, tmp_path
     for _ in range(2):
         rows = train_all(tmp_path, timed, seeds=(1, 2)).rows()
     assert [(row.seed, row.iterations) for row in rows] == [(1, 1200), (2, 1200)]
-    assert len(commands) == 3  # of which one for the time
+    assert len(commands) == 5  # of which three for the time
     assert "| LSNet | 2 | 1,200 | 0.500 ± 0.000 | 10.0" in (tmp_path / "table.md").read_text()
+
+
+def test_a_slow_minute_does_not_shorten_a_training(commands, tmp_path, monkeypatch):
+    seconds = iter([0.5, 5.0, 0.4])
+    monkeypatch.setattr(runs, "step_seconds", lambda _metrics: next(seconds, 0.5))
+    rows = train_all(tmp_path, variant(budget=plan.Budget(minutes=10))).rows()
+    assert [row.iterations for row in rows] == [1200]
+    (report,) = tmp_path.glob("*/timings/*.json")
+    assert json.loads(report.read_text())["rounds"] == [0.5, 5.0, 0.4]
 
 
 def test_a_table_alone_trains_nothing(commands, tmp_path):
@@ -132,10 +142,10 @@ def test_the_best_of_a_grid_is_trained_with_all_seeds(commands, tmp_path):
     comparison = train_all(
         tmp_path, variant(grid=grid, budget=plan.Budget(minutes=1)), seeds=(1, 2, 3)
     )
-    trained = [(c["SOLVER.BASE_LR"], c["SEED"]) for c in commands[1:]]
+    timed, trained = commands[:3], [(c["SOLVER.BASE_LR"], c["SEED"]) for c in commands[3:]]
     first = [("0.02", "1"), ("0.04", "1"), ("0.2", "1")]
     assert trained == [*first, ("0.04", "2"), ("0.04", "3")]
-    assert commands[0]["SOLVER.MAX_ITER"] == "60"  # one short run for all of the grid
+    assert {c["SOLVER.MAX_ITER"] for c in timed} == {"20"}  # short runs for all of the grid
     assert [row.scores["bbox/AP"] for row in comparison.rows()] == [41.0, 42.0, 43.0]
     assert not comparison.failures
     assert "| BASE_LR 0.04 | 41.0 | taken |\n| BASE_LR 0.2 | diverged |  |" in comparison.text
