@@ -196,7 +196,7 @@ class LSNetTrainer(DefaultTrainer, StoppableTrainer):
             else []
         )
         evaluation = [EvalHook(period, self._evaluate)]
-        if cfg.TEST.VALIDATION_LOSS:
+        if cfg.TEST.VALIDATION_LOSS and cfg.DATASETS.TEST:
             evaluation.append(EvalHook(period, self.build_validation()))
         if cfg.TEST.AUG.ENABLED:
             evaluation.append(EvalHook(0, lambda: self.test_with_TTA(cfg, self.evaluated_model)))

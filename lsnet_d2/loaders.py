@@ -1,5 +1,6 @@
 """The data of a run: data sets are loaded and checked, and loaders built of them."""
 
+import logging
 from collections.abc import Callable, Sequence
 
 from detectron2.config import CfgNode
@@ -14,7 +15,7 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader
 
 from .config_file import classes_key, num_classes, num_keypoints
-from .data.annotation_checks import check_dataset_dicts
+from .data.annotation_checks import AnnotationError, check_dataset_dicts, name_datasets
 from .data.catalog import reporting_data_errors
 from .data.dataset_mapper import LSNetDatasetMapper
 from .data.train_loader import TrainingLoader, sampler_maker
@@ -22,6 +23,8 @@ from .errors import ConfigError, UserError
 from .seeding import with_seed
 from .validation_loss import ValidationLoader, validation_mapper
 from .weight_files import require_plain_pickle
+
+logger = logging.getLogger(__name__)
 
 
 def load_training_data(cfg: CfgNode) -> list[dict]:
@@ -73,7 +76,8 @@ def check_test_data(cfg: CfgNode, name: str) -> None:
 
     Raises:
         UserError: a file of annotations is missing or broken.
-        AnnotationError: the number of classes is not the config's, or image files are missing.
+        AnnotationError: the number of classes is not the config's, image files are missing, or
+            classes have other numbers than in the data to train on.
     """
     with reporting_data_errors([name]):
         dicts = get_detection_dataset_dicts([name], filter_empty=False)
@@ -82,6 +86,29 @@ def check_test_data(cfg: CfgNode, name: str) -> None:
         num_classes=num_classes(cfg),
         dataset_name=name,
         num_classes_key=classes_key(cfg),
+    )
+    _check_same_classes(cfg.DATASETS.TRAIN[0], name)
+
+
+def _check_same_classes(train: str, test: str) -> None:
+    """
+    Raises:
+        AnnotationError: a class has another number in the one than in the other. Other names alone
+            are logged.
+    """
+    learned, tested = (MetadataCatalog.get(name).get("thing_classes") for name in (train, test))
+    if learned is None or tested is None or list(learned) == list(tested):
+        return
+    for number, name in enumerate(tested):
+        if name in learned and learned[number] != name:
+            raise AnnotationError(
+                f"class {number} is {name!r} in {name_datasets([test])}, but {learned[number]!r} "
+                f"in {name_datasets([train])}"
+            )
+    logger.warning(
+        "The classes of %s have other names than those of %s; they are compared by their numbers",
+        name_datasets([test]),
+        name_datasets([train]),
     )
 
 

@@ -71,6 +71,10 @@ def schedule_of_length(cfg: CfgNode, iterations: int) -> dict[str, int | tuple[i
         node, name = key.split(".")
         if old := cfg[node][name]:
             values[key] = _divided(old, cfg.SOLVER.MAX_ITER / iterations)
+    # Of very short trainings none may be left.
+    steps = values.get("SOLVER.STEPS", ())
+    if steps and cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
+        values["SOLVER.STEPS"] = tuple(sorted({step for step in steps if step < iterations}))
     return values
 
 

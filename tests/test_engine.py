@@ -59,6 +59,11 @@ def test_training_leaves_what_users_expect(coco):
         evaluate(cfg)
 
 
+def test_no_validation_without_test_data(coco):
+    tiny_trainer(coco, "DATASETS.TEST", "()", "TEST.VALIDATION_LOSS", "True").train()
+    assert (coco / "output" / "model_final.pth").exists()
+
+
 def test_evaluation_of_what_would_be_resumed(coco, monkeypatch):
     trainer = tiny_trainer(coco)
     trainer.train()

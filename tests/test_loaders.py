@@ -1,11 +1,16 @@
 import json
 
+import numpy as np
 import pytest
 import tiny_coco
+from PIL import Image
 from tiny_coco import change_annotations, registered_cfg
 
+from lsnet_d2.config_file import load_config
+from lsnet_d2.data.annotation_checks import AnnotationError
+from lsnet_d2.data.coco_json import register_lsnet_instances
 from lsnet_d2.errors import ConfigError, UserError
-from lsnet_d2.loaders import build_mapper, load_training_data
+from lsnet_d2.loaders import build_mapper, check_test_data, load_training_data
 
 
 @pytest.fixture(params=tiny_coco.CONFIGS)
@@ -51,6 +56,34 @@ def test_images_without_what_was_dropped_are_filtered(coco, caplog):
     for more in ((), keep):
         with pytest.raises(UserError, match="tiny_train: no annotation is left"):
             load_training_data(registered_cfg(coco, *opts, *more))
+
+
+def test_classes_of_tests_are_those_of_training(tmp_path, caplog):
+    def register(split, *names):
+        categories = [{"id": number, "name": name} for number, name in enumerate(names, start=1)]
+        image = {"id": 1, "file_name": "a.png", "height": 48, "width": 64}
+        box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [4, 4, 20, 20], "iscrowd": 0}
+        content = {"images": [image], "annotations": [box], "categories": categories}
+        (tmp_path / f"{split}.json").write_text(json.dumps(content))
+        register_lsnet_instances(f"pets_{split}", tmp_path / f"{split}.json", tmp_path)
+
+    Image.fromarray(np.zeros((48, 64, 3), np.uint8)).save(tmp_path / "a.png")
+    register("train", "cat", "dog")
+    register("same", "cat", "dog")
+    register("other", "Katze", "dog")
+    register("exchanged", "dog", "cat")
+    cfg = load_config(
+        str(tiny_coco.write_config(tmp_path)),
+        ["MODEL.RETINANET.NUM_CLASSES", "2", "DATASETS.TRAIN", "('pets_train',)"],
+    )
+    load_training_data(cfg)
+    check_test_data(cfg, "pets_same")
+    assert "names" not in caplog.text
+    check_test_data(cfg, "pets_other")
+    assert "compared by their numbers" in caplog.text
+    message = r"class 0 is 'dog' in .*exchanged.json\), but 'cat' in data set pets_train"
+    with pytest.raises(AnnotationError, match=message):
+        check_test_data(cfg, "pets_exchanged")
 
 
 def test_keypoints_need_names(coco):

@@ -205,3 +205,5 @@ def test_a_schedule_of_another_length():
         "SOLVER.CHECKPOINT_PERIOD": 75,
     }
     assert cfg.SOLVER.MAX_ITER == 1000
+    steps = {n: schedule_of_length(cfg, n)["SOLVER.STEPS"] for n in (1, 2, 3, 20)}
+    assert steps == {1: (), 2: (1,), 3: (2,), 20: (12, 18)}  # all before the end

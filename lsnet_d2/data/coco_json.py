@@ -160,8 +160,9 @@ def load_lsnet_json(
     """Load a COCO file as Detectron2's ``load_coco_json`` does, with what LSNet needs besides.
 
     Annotations keep ``id``, ``ignore`` and ``extreme_points``, and those of which the segmentation
-    cannot be used stay objects, with a box. (Detectron2 refuses "ignore", drops the rest, and
-    fails over errors in the file with messages that do not name it.)
+    cannot be used stay objects, with a box. What is to be ignored is a crowd too, as Detectron2's
+    mappers know no other. (Detectron2's loader refuses "ignore", drops the rest, and fails over
+    errors in the file with messages that do not name it.)
 
     Args:
         json_file: with ``images``, ``annotations`` and ``categories``.
@@ -287,6 +288,8 @@ def _set_metadata(name: str, categories: list[dict], json_file: str | os.PathLik
 
 def _to_detectron2(annotation: dict, image: dict, contiguous: dict) -> dict:
     result = {key: annotation[key] for key in _KEPT if key in annotation}
+    if annotation.get("ignore"):
+        result["iscrowd"] = 1
     result["bbox_mode"] = BoxMode.XYWH_ABS
     result["category_id"] = contiguous[annotation["category_id"]]
     segmentation = annotation.get("segmentation")

@@ -6,7 +6,7 @@ The loader and the checks before a training stop at the first kind of problem; h
 import itertools
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,6 +100,14 @@ def _filled(entries: list, **defaults: object) -> list:
     return [{**defaults, **entry} if isinstance(entry, dict) else entry for entry in entries]
 
 
+def _new_ids(taken: list) -> Iterator[Any]:
+    """Further ids, text where all that are taken are text."""
+    text = bool(taken) and all(isinstance(identity, str) for identity in taken)
+    first = max((int(identity) for identity in taken if is_finite(identity)), default=0) + 1
+    numbers = itertools.count(first)
+    return itertools.filterfalse(set(taken).__contains__, map(str, numbers)) if text else numbers
+
+
 def _name_image(image: dict) -> str:
     return f"image {image['id']} ({image['file_name']})"
 
@@ -132,9 +140,13 @@ class _Checker:
         for _, text in sorted(lacking.items()):
             self._report(_FILE, text, repair)
         complete = [entry for index, entry in enumerate(entries) if index not in lacking]
-        if with_id and len({isinstance(entry["id"], str) for entry in complete}) > 1:
-            self._report(_FILE, f"some ids of {key!r} are numbers and some are text")
+        if with_id:
+            self._check_kind(key, complete)
         return complete
+
+    def _check_kind(self, key: str, entries: list[dict]) -> None:
+        if len({isinstance(entry["id"], str) for entry in entries}) > 1:
+            self._report(_FILE, f"some ids of {key!r} are numbers and some are text")
 
     def _without_copies(self, entries: list[dict], name: Callable[[dict], str]) -> list[dict]:
         first, kept = {}, []
@@ -228,8 +240,7 @@ class _Checker:
         return name_annotation(record, 0)
 
     def _with_own_ids(self, annotations: list[dict]) -> list[dict]:
-        numbers = [int(a["id"]) for a in annotations if is_finite(a["id"])]
-        new_ids = itertools.count(max(numbers, default=0) + 1)
+        new_ids = _new_ids([a["id"] for a in annotations if is_id(a["id"])])
         first, kept = {}, []
         for annotation in annotations:
             identity = annotation["id"]
@@ -243,6 +254,7 @@ class _Checker:
                 new = {**annotation, "id": next(new_ids)}
                 self._report(self._name(annotation), text, f"id {new['id']}")
                 kept.append(new)
+        self._check_kind("annotations", kept)
         return kept
 
     def _check_annotation(self, annotation: dict, box_problem: str) -> dict | None:

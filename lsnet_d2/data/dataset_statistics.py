@@ -9,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
+from .coco_json import is_id
 from .keypoints import skeleton_metadata
 
 # COCO's small objects have a smaller area than the first, its large ones a larger than the second.
@@ -57,7 +58,8 @@ def class_statistics(data: dict[str, Any]) -> list[ClassStatistics]:
     """
     of_category = defaultdict(list)
     for annotation in data["annotations"]:
-        of_category[annotation["category_id"]].append(annotation)
+        if is_id(annotation["category_id"]):  # a report keeps what is no category's
+            of_category[annotation["category_id"]].append(annotation)
     statistics = []
     for category in sorted(data["categories"], key=lambda category: category["id"]):
         found = of_category[category["id"]]

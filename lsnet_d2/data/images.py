@@ -10,13 +10,23 @@ import detectron2.data.transforms as T
 import numpy as np
 from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.utils.file_io import PathManager
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from ..errors import UserError
 
 # What PIL raises over damaged files.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
-_TURNED = (5, 6, 7, 8)  # orientations in EXIF data that exchange width and height
+# What turns an image upright, by the orientation in its EXIF data.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_TURNED = (5, 6, 7, 8)  # those that exchange width and height
 
 # How the names of files end that are taken for images in a folder.
 IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -64,8 +74,7 @@ def read_image(file_name: str, image_format: str) -> np.ndarray:
             numbers.
     """
     with _open_image(file_name) as image:
-        image.load()
-        image = ImageOps.exif_transpose(image)
+        image = _upright(image)
     return _to_array(image, image_format, file_name)
 
 
@@ -78,8 +87,28 @@ def read_image_size(file_name: str) -> tuple[int, int]:
     """
     with _open_image(file_name) as image:
         width, height = image.size
-        turned = image.getexif().get(ExifTags.Base.Orientation) in _TURNED
+        if image.format == "TIFF":  # whose size versions of PIL turn themselves, or do not
+            tags = ExifTags.Base.ImageWidth, ExifTags.Base.ImageLength
+            width, height = (image.tag_v2[tag] for tag in tags)
+        turned = _orientation(image) in _TURNED
     return (width, height) if turned else (height, width)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """With the pixels read."""
+    image.load()  # turns a TIFF
+    method = _UPRIGHT.get(_orientation(image))
+    return image if method is None else image.transpose(method)
+
+
+def _orientation(image: Image.Image) -> int:
+    """As the EXIF data say; 1, upright, where they cannot be read: the pixels may be sound."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except OSError:  # of PNG, which may have them after the pixels: those are truncated
+        raise
+    except Exception:  # of many kinds; Detectron2's reader lets them pass too
+        return 1
 
 
 @contextmanager
@@ -141,7 +170,7 @@ def convert_image(
     if isinstance(image, np.ndarray):
         image = _to_image(image, array_format, name)
     try:
-        image = ImageOps.exif_transpose(image)
+        image = _upright(image)
     except _DAMAGE as error:
         raise ImageError(f"{name}: not a complete image: {error}") from error
     return _to_array(image, image_format, name)

@@ -100,7 +100,7 @@ def check_triples(keypoints: Sequence) -> None:
     if (
         not isinstance(keypoints, (list, tuple))
         or len(keypoints) % 3
-        or not all(map(_is_coordinate, keypoints))
+        or not all(map(is_coordinate, keypoints))
     ):
         raise ValueError("its keypoints are not finite triples x, y, visibility")
 
@@ -128,7 +128,7 @@ def is_finite(value: object) -> bool:
     return isinstance(value, (int, float)) and abs(value) < 1e308
 
 
-def _is_coordinate(value: object) -> bool:
+def is_coordinate(value: object) -> bool:
     return is_finite(value) and abs(value) < MAX_COORDINATE
 
 

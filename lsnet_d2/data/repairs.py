@@ -7,7 +7,7 @@ is wrong, and what stands in its place now; empty where nothing does.
 import numpy as np
 
 from .extreme_points import as_extreme_points
-from .keypoints import check_triples, is_finite
+from .keypoints import check_triples, is_coordinate, is_finite
 from .polygons import (
     bounding_box,
     check_form,
@@ -118,7 +118,7 @@ def repair_keypoints(annotation: dict, count: int) -> Repairs:
         check_triples(keypoints)
     except ValueError as error:
         triples = [keypoints[start : start + 3] for start in range(0, len(keypoints), 3)]
-        triples = [triple if all(map(is_finite, triple)) else [0, 0, 0] for triple in triples]
+        triples = [triple if all(map(is_coordinate, triple)) else [0, 0, 0] for triple in triples]
         keypoints = annotation["keypoints"] = [n for triple in triples for n in triple]
         found.append((str(error), "those that are not count as not labelled"))
     unknown = sorted({v for v in keypoints[2::3] if v not in VISIBILITIES})

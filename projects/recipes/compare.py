@@ -56,7 +56,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", default="auto", help="of torch; auto: a GPU if there is one")
     parser.add_argument(
-        "--timing-iterations", type=int, default=20, help="of the short runs, at least 3"
+        "--timing-iterations", type=int, default=40, help="of the short runs, at least 3"
     )
     parser.add_argument(
         "--pictures", type=int, default=0, metavar="N", help="of each row, half best, half worst"

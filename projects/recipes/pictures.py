@@ -16,12 +16,12 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from detectron2.data import MetadataCatalog
 from plan import ROOT, slug
 from pycocotools import mask as mask_util
 from runs import Row, title_of
 
 from lsnet_d2.config_file import load_config
+from lsnet_d2.data.catalog import load_metadata
 from lsnet_d2.errors import UserError
 from lsnet_d2.evaluation import oks_sigmas
 from lsnet_d2.files import atomic_write, make_folder
@@ -75,8 +75,8 @@ def photo_score(
     annotations: list[dict], results: list[dict], size: tuple[int, int], sigmas: np.ndarray
 ) -> float | None:
     """See above; all of one photo."""
-    crowds = [a["bbox"] for a in annotations if a.get("iscrowd")]
-    objects = [a for a in annotations if not a.get("iscrowd")]
+    crowds = [a["bbox"] for a in annotations if a.get("iscrowd") or a.get("ignore")]
+    objects = [a for a in annotations if not (a.get("iscrowd") or a.get("ignore"))]
     results = [r for r in results if r["score"] >= SCORE_FLOOR]
     results.sort(key=lambda r: -r["score"])
     ious = box_ious([r["bbox"] for r in results], [a["bbox"] for a in objects], [0] * len(objects))
@@ -129,8 +129,8 @@ def draw_extremes(row: Row, output: Path, count: int) -> Path:
     cfg = load_config(str(run / "config.yaml"), ["MODEL.DEVICE", "cpu"])
     name = cfg.DATASETS.TEST[0]
     predictions = run / "inference/coco_instances_results.json"
+    json_file = Path(load_metadata(name).json_file)  # which tells the tolerances, too
     sigmas = np.array(oks_sigmas(cfg, name)[1])
-    json_file = Path(MetadataCatalog.get(name).json_file)
     ranked = rank_photos(json_file, json.loads(predictions.read_text()), sigmas)
     best, worst = ranked[: (count + 1) // 2], ranked[::-1][: count // 2]
     title = slug(f"{row.group}_{title_of(row.name, row.point)}")

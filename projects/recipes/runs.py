@@ -17,7 +17,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from detectron2.config import CfgNode
@@ -100,7 +100,7 @@ class Trainings:
         opts: list[str],
         evaluations: int = 1,
         jobs: int = 1,
-        timing_iterations: int | None = 20,
+        timing_iterations: int | None = 40,
         say: Callable[[str], None] = print,
     ) -> None:
         """
@@ -256,7 +256,11 @@ class Trainings:
         if _key(variant, point) not in self._lengths:
             return None
         report = self.folder(variant, point, seed) / "row.json"
-        return read_row(report) if report.exists() else None
+        if not report.exists():
+            return None
+        # The same recipe may have had another name, or another place in a grid.
+        names = {"group": variant.group, "name": variant.name, "point": dict(point)}
+        return replace(read_row(report), **names)
 
     def train(self, variant: Variant, point: Point, seed: int) -> Row:
         """Train and evaluate, go on with what was cut off, or read what is finished.
@@ -450,7 +454,7 @@ def _hash(cfg: CfgNode, without: tuple[str, ...] = ()) -> str:
         del node[name]
     digest = hashlib.sha256(cfg.dump().encode())
     for _, json_file, _ in cfg.DATASETS.COCO_FILES:
-        digest.update(Path(json_file).read_bytes())
+        digest.update((ROOT / os.path.expanduser(json_file)).read_bytes())
     return digest.hexdigest()[:10]
 
 

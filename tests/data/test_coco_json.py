@@ -95,12 +95,12 @@ def test_keeps_what_detectron2_drops_or_refuses(tmp_path, data):
     first, second, third = data["annotations"]
     first["extreme_points"] = list(range(10))
     second["segmentation"] = [[1, 2, 3, 4]]
-    third["ignore"] = 1
+    third["ignore"], third["iscrowd"] = 1, 0
     records = load_lsnet_json(write(tmp_path, data), "images", "loaded with more")
     kept = {a["id"]: a for record in records for a in record["annotations"]}
     assert kept[1]["extreme_points"] == list(range(10))
     assert kept[2]["segmentation"] == [[1, 2, 3, 4]]
-    assert kept[3]["ignore"] == 1
+    assert kept[3]["ignore"] == kept[3]["iscrowd"] == 1  # Detectron2's mappers know the latter
 
 
 def test_registered_under_a_name(tmp_path, data):

@@ -7,6 +7,7 @@ from PIL import Image
 
 from lsnet_d2.data.coco_json import load_lsnet_json, read_coco_json
 from lsnet_d2.data.dataset_report import report_dataset
+from lsnet_d2.data.dataset_statistics import format_statistics
 
 SIZE = (60, 100)  # height, width
 POLYGON = [30, 10, 20, 25, 45, 50, 60, 35]
@@ -117,6 +118,11 @@ def test_good_data_stay_as_they_are(data, tmp_path, decode_images):
             "its keypoints are not finite triples",
             {"keypoints": [30, 10, 2, 0, 0, 0]},
         ),
+        (
+            {"keypoints": [30, 10, 2, 1e10, 5, 2]},
+            "its keypoints are not finite triples",
+            {"keypoints": [30, 10, 2, 0, 0, 0]},
+        ),
         ({"num_keypoints": 2}, "its num_keypoints is 2, but 1 are labelled", {"num_keypoints": 1}),
         ({"extreme_points": [1, 2]}, "extreme_points must be four", {"extreme_points": None}),
         ({"area": NAN}, "its area is nan", {"area": None}),
@@ -133,6 +139,28 @@ def test_repairs_of_an_object(data, tmp_path, changes, text, expected):
     path = tmp_path / "repaired.json"
     path.write_text(json.dumps(report.repaired))
     assert len(load_lsnet_json(path, tmp_path, f"repaired {tmp_path.name}")) == 2
+
+
+def test_ids_of_annotations_are_all_numbers_or_all_text(data, tmp_path):
+    data["annotations"][1]["id"] = "12"
+    report = check(data, tmp_path)
+    message = "some ids of 'annotations' are numbers and some are text"
+    assert [problem.text for problem in report.remaining] == [message]
+    data["annotations"][0]["id"] = "1"
+    data["annotations"] += [{**data["annotations"][1], "id": identity} for identity in ("12", "2")]
+    data["annotations"][2]["bbox"] = [1, 1, 9, 9]
+    report = check(data, tmp_path)
+    assert not report.remaining
+    assert [a["id"] for a in report.repaired["annotations"]] == ["1", "12", "3", "2"]
+
+
+def test_a_category_that_is_no_id_has_no_statistics(data, tmp_path):
+    data["annotations"][1]["category_id"] = [7]
+    report = check(data, tmp_path)
+    assert [str(problem) for problem in report.problems] == [
+        "annotation 12 of image b.png: category [7] is not in the list of categories"
+    ]
+    assert "fig" in format_statistics(report.repaired)
 
 
 def test_all_problems_of_an_object_are_listed(data, tmp_path):

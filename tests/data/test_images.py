@@ -3,7 +3,7 @@ import io
 import detectron2.data.transforms as T
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from lsnet_d2.data.images import (
     ImageError,
@@ -52,7 +52,7 @@ def test_turned_as_exif_says(tmp_path):
     np.testing.assert_array_equal(read_image(file, "RGB")[:, :, 0], np.rot90(GRADIENT, -1))
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "png"])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tiff"])
 @pytest.mark.parametrize("orientation", range(10))
 def test_sizes_are_those_of_what_is_read(tmp_path, suffix, orientation):
     exif = Image.Exif()
@@ -61,6 +61,25 @@ def test_sizes_are_those_of_what_is_read(tmp_path, suffix, orientation):
     assert read_image_size(file) == read_image(file, "RGB").shape[:2]
     with pytest.raises(ImageError, match="gone.png: no such image file"):
         read_image_size(str(tmp_path / "gone.png"))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_turned_as_pillow_turns_it(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = save(tmp_path / "a.png", GRADIENT, exif=exif)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(file)))
+    np.testing.assert_array_equal(read_image(file, "RGB")[:, :, 0], expected)
+    np.testing.assert_array_equal(convert_image(Image.open(file), "RGB")[:, :, 0], expected)
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0" + bytes(8), b"Exif\0\0MM\0*"])
+def test_a_broken_block_of_exif_turns_nothing(tmp_path, exif):
+    file = save(tmp_path / "a.jpg", GRADIENT, exif=exif, dpi=(72, 72))
+    assert exif in (tmp_path / "a.jpg").read_bytes()
+    assert read_image(file, "RGB").shape == (12, 20, 3)
+    assert read_image_size(file) == (12, 20)
+    assert convert_image(Image.open(file), "RGB").shape == (12, 20, 3)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png"])

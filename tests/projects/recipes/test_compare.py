@@ -86,7 +86,7 @@ def test_variants_are_trained_for_as_long_as_another(commands, tmp_path):
     assert rows[0].scores == {"bbox/AP": 11.0, "bbox/APl": None}
     assert rows[0].peak_memory == 200 and rows[0].parameters == 3e6
     timed = [c for c in commands if c.get("DATASETS.TEST") == "()"]
-    assert [c["SOLVER.MAX_ITER"] for c in timed] == ["20"] * 6
+    assert [c["SOLVER.MAX_ITER"] for c in timed] == ["40"] * 6
     assert ["rcnn" in c["--config-file"] for c in timed] == [True, False] * 3  # in turn
     # the schedule of 1,450 iterations, and four evaluations
     (ours,) = (c for c in commands if c["SOLVER.MAX_ITER"] == "580")
@@ -101,6 +101,21 @@ def test_minutes_become_iterations_and_finished_runs_are_kept(commands, tmp_path
     assert [(row.seed, row.iterations) for row in rows] == [(1, 1200), (2, 1200)]
     assert len(commands) == 5  # of which three for the time
     assert "| LSNet | 2 | 1,200 | 0.500 ± 0.000 | 10.0" in (tmp_path / "table.md").read_text()
+
+
+def test_what_was_trained_counts_under_another_name(commands, tmp_path):
+    """A recipe may become a point of a grid, and a point of a grid the recipe."""
+    plain = variant(opts={"SOLVER.BASE_LR": "0.04"}, budget=plan.Budget(iterations=100))
+    train_all(tmp_path, plain)
+    grid = variant(grid={"SOLVER.BASE_LR": ("0.02", "0.04")}, budget=plan.Budget(iterations=100))
+    comparison = train_all(tmp_path, grid, seeds=(1, 2))
+    assert [(row.point, row.seed) for row in comparison.rows()] == [
+        ({"SOLVER.BASE_LR": "0.04"}, seed) for seed in (1, 2)
+    ]
+    assert not comparison.failures and len(commands) == 3
+    rows = train_all(tmp_path, plain, seeds=(1, 2)).rows()
+    assert [(row.point, row.seed) for row in rows] == [({}, 1), ({}, 2)]
+    assert len(commands) == 3
 
 
 def test_a_slow_minute_does_not_shorten_a_training(commands, tmp_path, monkeypatch):
@@ -145,7 +160,7 @@ def test_the_best_of_a_grid_is_trained_with_all_seeds(commands, tmp_path):
     timed, trained = commands[:3], [(c["SOLVER.BASE_LR"], c["SEED"]) for c in commands[3:]]
     first = [("0.02", "1"), ("0.04", "1"), ("0.2", "1")]
     assert trained == [*first, ("0.04", "2"), ("0.04", "3")]
-    assert {c["SOLVER.MAX_ITER"] for c in timed} == {"20"}  # short runs for all of the grid
+    assert {c["SOLVER.MAX_ITER"] for c in timed} == {"40"}  # short runs for all of the grid
     assert [row.scores["bbox/AP"] for row in comparison.rows()] == [41.0, 42.0, 43.0]
     assert not comparison.failures
     assert "| BASE_LR 0.04 | 41.0 | taken |\n| BASE_LR 0.2 | diverged |  |" in comparison.text

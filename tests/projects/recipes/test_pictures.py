@@ -3,8 +3,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from detectron2.config import get_cfg
 from detectron2.data import MetadataCatalog
 from recipes_project import pictures
+
+from lsnet_d2.data.coco_json import register_lsnet_instances
 
 SIZE = (100, 100)
 SIGMAS = np.array([0.1, 0.1])
@@ -73,6 +76,33 @@ def test_a_group_with_a_slash_has_one_folder(tmp_path, monkeypatch):
     folder = pictures.draw_extremes(row, tmp_path, 2)
     assert folder == tmp_path / "pictures" / "masks_small_lsnet_lr_0_1"
     assert (folder / "scores.json").read_text() == "[]"
+
+
+def test_tolerances_are_those_of_the_file(tmp_path, monkeypatch):
+    run = tmp_path / "run" / "inference"
+    run.mkdir(parents=True)
+    category = {"id": 1, "name": "fly", "keypoints": ["head", "tail"]}
+    category["keypoint_oks_sigmas"] = list(SIGMAS)
+    image = {"id": 1, "file_name": "a.png", "height": SIZE[0], "width": SIZE[1]}
+    posed = true(0, 0, 10, 10, id=1, keypoints=[2, 2, 2, 0, 0, 0])
+    moved = found(0, 0, 10, 10, keypoints=[4, 2, 0.9, 77, 77, 0.9])
+    content = {"images": [image], "annotations": [posed], "categories": [category]}
+    (tmp_path / "flies.json").write_text(json.dumps(content))
+    (run / "coco_instances_results.json").write_text(json.dumps([moved]))
+    register_lsnet_instances("flies_val", tmp_path / "flies.json", tmp_path)
+    cfg = get_cfg()
+    cfg.DATASETS.TEST = ("flies_val",)
+    monkeypatch.setattr(pictures, "load_config", lambda *_: cfg)
+    row = SimpleNamespace(group="poses", name="LSNet", point={}, folder="run")
+    folder = pictures.draw_extremes(row, tmp_path, 0)
+    similarity = np.exp(-(2**2) / (2 * (0.2 * 10) ** 2))
+    (photo,) = json.loads((folder / "scores.json").read_text())
+    assert photo["score"] == pytest.approx((1 + similarity) / 2)
+
+
+def test_regions_to_ignore_are_not_missed():
+    objects = [true(0, 0, 10, 10), true(50, 50, 30, 30, ignore=1)]
+    assert score(objects, [found(0, 0, 10, 10), found(52, 52, 10, 10)]) == pytest.approx(1)
 
 
 def test_the_best_come_first(tmp_path):
