@@ -281,6 +281,8 @@ def _check_lsnet(cfg: CfgNode) -> None:
     sigma = cfg.MODEL.LSNET.SOFT_NMS_SIGMA_TEST
     if not sigma >= 0:
         raise ConfigError(f"MODEL.LSNET.SOFT_NMS_SIGMA_TEST is {sigma}; it must not be negative")
+    if (most := cfg.TEST.DETECTIONS_PER_IMAGE) < 1:  # to R-CNNs a negative number means all
+        raise ConfigError(f"TEST.DETECTIONS_PER_IMAGE is {most}; it must be 1 or more")
     levels = cfg.MODEL.LSNET.IN_FEATURES
     if len(levels) < _MIN_LEVELS:
         raise ConfigError(

@@ -14,6 +14,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.utils.data import DataLoader
 
+from .modeling.distributed import workers_apart
 from .seeding import VALIDATION, seeded_by
 
 # Layers that behave differently in training, and not because of the loss.
@@ -53,7 +54,7 @@ class ValidationLoader:
         mine = range(rank, len(records), world)
         count = math.ceil(math.ceil(len(records) / world) / batch_size)
         batches = [list(mine[i * batch_size : (i + 1) * batch_size]) for i in range(count)]
-        # Losses are exchanged between the processes: one without images computes some for nothing.
+        # A model may exchange something: a process without images computes losses for nothing.
         self._weights = [len(batch) for batch in batches]
         self._loader = DataLoader(
             MapDataset(DatasetFromList(list(records), copy=False), mapper),
@@ -83,7 +84,8 @@ def validation_losses(
     device = next(model.parameters()).device
     seeded = seeded_by(seed, VALIDATION, device=device)
     # Detectron2's models draw the images of every VIS_PERIOD-th iteration, and so of the 0th.
-    with torch.no_grad(), _computing_losses(model), EventStorage(1), seeded:
+    # A batch that is not full, or does not count, must not weigh in the losses of others.
+    with torch.no_grad(), _computing_losses(model), EventStorage(1), seeded, workers_apart():
         normalizers = loss_normalizers(model)
         for batch, weight in batches:
             for name, loss in model(batch).items():

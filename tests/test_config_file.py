@@ -87,6 +87,7 @@ def options(settings):
         (AUGMENTED, "TEST.AUG.VOTE_IOU", "0.0", "over 0"),
         (LSNET, "MODEL.LSNET.NUM_CLASSES", "0", "1 or more"),
         (LSNET, "MODEL.LSNET.SOFT_NMS_SIGMA_TEST", "-1.0", "must not be negative"),
+        (LSNET, "TEST.DETECTIONS_PER_IMAGE", "-1", "1 or more"),
         (LSNET, "MODEL.BACKBONE.NAME", "build_lsnet_fpn_backbone", "did you mean .*build_lsnet"),
         (RESNET, "MODEL.BACKBONE.FREEZE_AT", "99", "0 to 5"),
         (RESNET, "SOLVER.IMS_PER_BATCH", "0", "1 or more"),

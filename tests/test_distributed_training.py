@@ -13,6 +13,7 @@ from detectron2.utils.events import EventStorage
 from tiny_model import make_input, tiny_model
 
 from lsnet_d2.training_loop import LSNetTrainLoop, wrap_distributed
+from lsnet_d2.validation_loss import validation_losses
 
 JOINT = {"TASK": "joint", "BRANCHES": ["extreme", "contour", "keypoint"]}
 POLISHED = {
@@ -61,6 +62,12 @@ def work(rank, folder):
         "halves": gradients([half]),
         "parts": gradients([half[:1], half[1:]], accumulation_steps=2),
         "unused": steps_with_unused_weights(half),
+        # one image has nothing beside it but the first, which does not count there
+        "validation": validation_losses(
+            tiny_model(**POLISHED),
+            [(BATCH[:1], 1), (BATCH[2:3], 1)] if rank == 0 else [(BATCH[1:2], 1), (BATCH[:1], 0)],
+            seed=1,
+        ),
     }
     if rank == 0:
         torch.save(results, f"{folder}/gradients.pth")
@@ -83,6 +90,9 @@ def test_two_processes_with_half_the_batch_have_the_gradient_of_one(tmp_path):
     unchanged = {name for name, p in found["unused"].items() if torch.equal(p, before[name])}
     p6_and_p7 = {f"backbone.down.{i}.{kind}" for i in (2, 3) for kind in ("weight", "bias")}
     assert {name for name in unchanged if name.startswith("backbone.")} == p6_and_p7
+
+    alone = validation_losses(tiny_model(**POLISHED), [([image], 1) for image in BATCH[:3]], 1)
+    assert found["validation"] == pytest.approx(alone, rel=1e-5)
 
 
 def torchrun(data, *args):

@@ -135,6 +135,8 @@ def _detectron2_modulated_deform_conv(feature, offset, mask, weight, bias, strid
     from detectron2.layers.deform_conv import modulated_deform_conv
 
     padding = (weight.shape[-1] - 1) // 2
+    # Its CUDA operator takes no other memory format.
+    feature, offset, mask = (x.contiguous() for x in (feature, offset, mask))
     return modulated_deform_conv(feature, offset, mask, weight, bias, stride, padding, 1, groups, 1)
 
 

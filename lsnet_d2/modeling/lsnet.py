@@ -1,9 +1,11 @@
 """The LSNet meta-architecture (arXiv 2104.04899)."""
 
+from collections.abc import Collection
+
 import torch
 import torch.nn.functional as F
 from detectron2.config import configurable
-from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
@@ -39,8 +41,7 @@ class LSNet(DenseDetector):
     Letters: A anchor points of all levels together, K classes, V landmarks of a branch.
 
     Attributes:
-        unused_features: names of the backbone's features that nothing looks at; weights that make
-            nothing else get no gradients.
+        unused_features: see :func:`find_unused_features`.
     """
 
     @configurable
@@ -96,7 +97,7 @@ class LSNet(DenseDetector):
         if (polish is None) != (criterion.polish_criterion is None):
             raise ValueError("a third stage needs its losses in the criterion, and they need it")
         looked_at = {*head_in_features, *(polish.in_features if polish is not None else ())}
-        self.unused_features = [name for name in shapes if name not in looked_at]
+        self.unused_features = find_unused_features(backbone, looked_at)
         self.branches = branches
         self.num_classes = num_classes
         self.criterion = criterion
@@ -301,3 +302,20 @@ class LSNet(DenseDetector):
             [polished.landmarks for polished in last],
             [scores ** (1 - share) * quality**share for quality in qualities],
         )
+
+
+def find_unused_features(backbone: Backbone, looked_at: Collection[str]) -> list[str]:
+    """Names of features that nothing looks at; weights that make nothing else get no gradients.
+
+    They are those of the backbone, and what a network under its pyramid has beyond the coarsest one
+    that the pyramid takes.
+
+    Args:
+        looked_at: features of the backbone.
+    """
+    unused = [name for name in backbone.output_shape() if name not in looked_at]
+    if (bottom_up := getattr(backbone, "bottom_up", None)) is not None:
+        shapes = bottom_up.output_shape()
+        coarsest = max(shapes[name].stride for name in backbone.in_features)
+        unused += [name for name, shape in shapes.items() if shape.stride > coarsest]
+    return unused

@@ -203,12 +203,14 @@ class TestSelection:
         def fake(feature, offset, mask, weight, bias, stride, padding, dilation, groups, d_groups):
             assert d_groups == 1
             assert groups * weight.shape[1] == feature.shape[1]
+            assert feature.is_contiguous() and offset.is_contiguous() and mask.is_contiguous()
             return torchvision.ops.deform_conv2d(
                 feature, offset, weight, bias, stride, padding, dilation, mask
             )
 
         monkeypatch.setattr(theirs, "modulated_deform_conv", fake)
-        inputs = *case(**kind), kind["stride"], kind["groups"]
+        images = [x.to(memory_format=torch.channels_last) for x in case(**kind)[:3]]
+        inputs = *images, *case(**kind)[3:], kind["stride"], kind["groups"]
         torch.testing.assert_close(
             deform_conv._detectron2_modulated_deform_conv(*inputs),
             deform_conv._torch_modulated_deform_conv(*inputs),

@@ -1,6 +1,6 @@
 import torch
 
-from lsnet_d2.modeling.distributed import mean_over_workers
+from lsnet_d2.modeling.distributed import mean_over_workers, workers_apart
 
 
 def test_one_process_has_its_own_values():
@@ -15,3 +15,6 @@ def test_values_are_averaged_over_workers(monkeypatch):
     values = torch.tensor([3.0, 0.0])
     assert mean_over_workers(values).tolist() == [1.0, 1.5]
     assert values.tolist() == [3.0, 0.0]
+    with workers_apart():
+        assert mean_over_workers(values).tolist() == [3.0, 0.0]
+    assert mean_over_workers(values).tolist() == [1.0, 1.5]

@@ -2,9 +2,11 @@ import copy
 
 import pytest
 import torch
+from detectron2.modeling import build_backbone, build_model
 from detectron2.utils.events import EventStorage
 from tiny_model import make_input, tiny_model
 
+from lsnet_d2.config_file import load_config
 from lsnet_d2.modeling.lsnet import LSNet
 from lsnet_d2.modeling.points import make_anchor_points
 
@@ -292,3 +294,18 @@ def test_features_that_nothing_looks_at_are_known():
     assert tiny_model(IN_FEATURES=["p3", "p4", "p5"]).unused_features == ["p6", "p7"]
     third = {"IN_FEATURES": ["p4", "p5", "p6"], "POLISH_IN_FEATURES": ["p3", "p4"]}
     assert tiny_model(**third).unused_features == ["p7"]
+
+
+def test_features_beyond_the_pyramid_are_unused():
+    cfg = load_config(
+        "",
+        ["MODEL.BACKBONE.NAME", "build_lsnet_efficientnet_lite0_fpn_backbone"]
+        + ["MODEL.FPN.IN_FEATURES", "['stride8', 'stride16']", "MODEL.FPN.OUT_CHANNELS", "64"]
+        + ["MODEL.META_ARCHITECTURE", "LSNet", "MODEL.LSNET.IN_FEATURES", "['p3', 'p4', 'p5']"]
+        + ["MODEL.DEVICE", "cpu"],
+    )
+    assert list(build_backbone(cfg).output_shape()) == ["p3", "p4", "p5", "p6"]
+    model = build_model(cfg)
+    assert model.unused_features == ["p6", "stride32"]
+    cfg.MODEL.EFFICIENTNET.OUT_FEATURES = ["stride4", "stride8", "stride16"]
+    assert build_model(cfg).unused_features == ["p6"]
