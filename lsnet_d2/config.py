@@ -186,7 +186,7 @@ def add_lsnet_config(cfg: CN) -> None:
     # code does it.
     cfg.INPUT.CONTOUR_SAMPLING = "adaptive"
 
-    # Batch for which the learning rate and the iterations are written. tools/train_net.py scales
+    # Batch for which the learning rate and the iterations are written. The tools that train scale
     # them for another IMS_PER_BATCH (lsnet_d2/solver.py), but for keys given on the command line. A
     # config file with a batch and a schedule of its own sets it to that batch, or to 0: no scaling.
     cfg.SOLVER.REFERENCE_IMS_PER_BATCH = 0

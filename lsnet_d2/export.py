@@ -89,10 +89,10 @@ def describe(cfg: CfgNode, metadata: Metadata | None) -> dict[str, str]:
     """What a user of the file has to know, as names and JSON.
 
     "input_format", "min_size", "max_size" (resize the shorter side of an image to the former unless
-    the longer one would exceed the latter), "score_threshold", "nms_threshold", "max_detections",
-    "min_box_area" (in pixels of the image before resizing; smaller boxes are to be dropped),
-    "class_names", "keypoint_names" and "skeleton" (pairs of keypoints, from 0). Where names are
-    unknown, they are numbers.
+    the longer one would exceed the latter; 0: leave it as it is), "score_threshold",
+    "nms_threshold", "max_detections", "min_box_area" (in pixels of the image before resizing;
+    smaller boxes are to be dropped), "class_names", "keypoint_names" and "skeleton" (pairs of
+    keypoints, from 0). Where names are unknown, they are numbers.
     """
     metadata = metadata or Metadata()
     classes = list(metadata.get("thing_classes") or map(str, range(cfg.MODEL.LSNET.NUM_CLASSES)))
@@ -299,7 +299,7 @@ class Comparison:
     Attributes:
         count: of detections that both have.
         missing: detections that only one of them has, although their scores are not among the
-            lowest, where the next one may replace them.
+            lowest, where the next one may replace them; all, if they have none in common.
         differences: the largest, of each output.
     """
 
@@ -336,7 +336,7 @@ def compare(
     for values, found in ((scores, rows), (other_scores, columns)):
         alone = torch.ones_like(values, dtype=torch.bool)
         alone[found] = False
-        missing += int((alone & (values > lowest + near / 100)).sum())
+        missing += int((alone & ((values > lowest + near / 100) | (not pairs))).sum())
     differences = {
         name: float((x[rows].double() - y[columns].double()).abs().max()) if pairs else 0.0
         for name, x, y in zip(names, expected, actual, strict=True)

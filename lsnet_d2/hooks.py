@@ -153,6 +153,7 @@ class BestMetric(HookBase):
         self._checkpointer = checkpointer
         self._metric = metric
         self._period = period
+        self._mode = mode
         self._sign = {"max": 1, "min": -1}[mode]
         self._patience = patience
         self.best: float | None = None
@@ -160,9 +161,21 @@ class BestMetric(HookBase):
         self.waited = 0
 
     def state_dict(self) -> dict:
-        return {"best": self.best, "best_iteration": self.best_iteration, "waited": self.waited}
+        return {
+            "metric": [self._mode, self._metric],
+            "best": self.best,
+            "best_iteration": self.best_iteration,
+            "waited": self.waited,
+        }
 
     def load_state_dict(self, state: dict) -> None:
+        # Checkpoints of before 2026-11-28 do not say of which metric they are.
+        wanted = [self._mode, self._metric]
+        if (found := state.get("metric", wanted)) != wanted:
+            logger.warning(
+                "The checkpoint has the %s of %s; the best %s is sought anew", *found, self._metric
+            )
+            return
         self.best = state["best"]
         self.best_iteration = state["best_iteration"]
         self.waited = state["waited"]

@@ -41,9 +41,11 @@ def scale_schedule(cfg: CfgNode, given: Collection[str] = ()) -> None:
     if reference in (0, batch):
         return
     changes = {}
-    if "SOLVER.BASE_LR" not in given:
-        power = 0.5 if solver.OPTIMIZER == "AdamW" else 1.0
-        changes["SOLVER.BASE_LR"] = solver.BASE_LR, solver.BASE_LR * (batch / reference) ** power
+    factor = (batch / reference) ** (0.5 if solver.OPTIMIZER == "AdamW" else 1.0)
+    for key in ("SOLVER.BASE_LR", "SOLVER.BASE_LR_END"):
+        node, name = key.split(".")
+        if key not in given and (old := cfg[node][name]):
+            changes[key] = old, old * factor
     for key in _ITERATIONS:
         node, name = key.split(".")
         if key not in given and (old := cfg[node][name]):
@@ -108,9 +110,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
         base_lr=solver.BASE_LR,
         weight_decay=solver.WEIGHT_DECAY,
         weight_decay_norm=solver.WEIGHT_DECAY_NORM,
-        bias_lr_factor=solver.BIAS_LR_FACTOR,
         weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
-        lr_factor_func=lambda name: solver.BACKBONE_MULTIPLIER if _is_pretrained(name) else 1.0,
+        lr_factor_func=partial(_lr_factor, solver),
     )
     optimizer = optimizers[solver.OPTIMIZER](groups)
     clip = solver.CLIP_GRADIENTS
@@ -120,9 +121,13 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
     return maybe_add_gradient_clipping(cfg, optimizer)
 
 
-def _is_pretrained(name: str) -> bool:
-    """Whether a parameter is one of the network under the pyramid, whose weights are imported."""
-    return name.startswith("backbone.bottom_up.")
+def _lr_factor(solver: CfgNode, name: str) -> float:
+    """Of a parameter's learning rate. (Detectron2's ``bias_lr_factor`` would undo all others.)"""
+    imported = name.startswith("backbone.bottom_up.")  # the network under the pyramid
+    factor = solver.BACKBONE_MULTIPLIER if imported else 1.0
+    if name.rpartition(".")[2] == "bias" and solver.BIAS_LR_FACTOR is not None:
+        factor *= solver.BIAS_LR_FACTOR
+    return factor
 
 
 def clip_whole_gradient(optimizer: Optimizer, max_norm: float, norm_type: float = 2.0) -> None:

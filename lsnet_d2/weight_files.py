@@ -16,6 +16,8 @@ from .errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
+_DATE = re.compile(r"(19|20)\d\d(0\d|1[0-2])([0-2]\d|3[01])")  # in a name, no digest
+
 
 def read_weights(path: str) -> Mapping[str, Any]:
     """The weights in a file of ``torch.save``, by the names they have there.
@@ -130,7 +132,7 @@ def check_digest(url: str, path: str) -> None:
         CheckpointError: it is.
     """
     match = re.search(r"-([0-9a-f]{8,64})\.\w+$", url)
-    if not match:
+    if not match or _DATE.fullmatch(match.group(1)):
         return
     sha256 = hashlib.sha256()
     with open(path, "rb") as file:

@@ -272,13 +272,17 @@ class TestComparison:
         other_class = self.detections((0, 0, 10, 10, 0.9, 0), self.SECOND)
         found = compare(self.NAMES, one, other_class)
         assert found.count == 1 and found.missing == 2
+        alone = self.detections(self.FIRST)
+        moved = self.detections((0, 5, 10, 10, 0.9, 1))
+        found = compare(self.NAMES, alone, moved)
+        assert found.count == 0 and found.missing == 2  # although of the lowest score
 
     def test_nothing(self):
         nothing = self.detections()
         found = compare(self.NAMES, nothing, nothing)
         assert (found.count, found.missing) == (0, 0)
         found = compare(self.NAMES, nothing, self.detections(self.FIRST, self.SECOND))
-        assert (found.count, found.missing) == (0, 1)
+        assert (found.count, found.missing) == (0, 2)
 
 
 def test_description():

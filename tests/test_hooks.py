@@ -136,6 +136,19 @@ def test_patience_begins_with_the_first_value(tmp_path):
     assert (hook.best, hook.best_iteration, hook.waited) == (2.0, 2, 3)
 
 
+def test_the_best_of_another_metric_does_not_count(tmp_path, caplog):
+    state = best_of(tmp_path, 62.0).state_dict()
+    files = LSNetCheckpointer(nn.Identity(), str(tmp_path))
+    same = BestMetric(files, "bbox/AP", period=1)
+    same.load_state_dict({key: value for key, value in state.items() if key != "metric"})
+    assert same.best == 62.0 and not caplog.text
+    for metric, mode in (("keypoints/AP", "max"), ("bbox/AP", "min")):
+        other = BestMetric(files, metric, mode=mode, period=1)
+        other.load_state_dict(state)
+        assert other.best is None
+        assert f"has the max of bbox/AP; the best {metric} is sought anew" in caplog.text
+
+
 def test_values_are_of_this_evaluation(tmp_path):
     with pytest.raises(ConfigError, match="BEST_METRIC is 'bbox/AP', .* it gives other/AP$"):
         best_of(tmp_path, 1.0, None, 1.0)

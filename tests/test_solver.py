@@ -127,6 +127,19 @@ def test_backbone_and_norms_have_their_own_settings(optimizer):
     }
 
 
+def test_the_factor_of_biases_comes_on_top():
+    cfg = solver_cfg(BASE_LR=0.01, BACKBONE_MULTIPLIER=0.5, BIAS_LR_FACTOR=3.0)
+    model = Model()
+    found = {name: rate for name, (rate, _) in settings(build_optimizer(cfg, model), model).items()}
+    assert found == pytest.approx(
+        {
+            **{"backbone.bottom_up.weight": 0.005, "backbone.bottom_up.bias": 0.015},
+            **{"backbone.fpn.weight": 0.01, "backbone.fpn.bias": 0.03},
+            **{"norm.weight": 0.01, "norm.bias": 0.03, "head.weight": 0.01},
+        }
+    )
+
+
 def test_unknown_optimizer_is_named(tmp_path):
     cfg = tiny_coco.load_tiny_config(tmp_path, "SOLVER.OPTIMIZER", "LAMB")
     with pytest.raises(ConfigError, match=r"SOLVER.OPTIMIZER is 'LAMB'.*SGD, AdamW"):
@@ -178,6 +191,13 @@ class TestScaleSchedule:
         scale_schedule(cfg, given=["SOLVER.IMS_PER_BATCH", "SOLVER.MAX_ITER", "SOLVER.BASE_LR"])
         assert (cfg.SOLVER.BASE_LR, cfg.SOLVER.MAX_ITER) == (0.01, 87960)
         assert cfg.SOLVER.WARMUP_ITERS == 2000
+
+    def test_the_rate_at_the_end_keeps_its_share(self):
+        cfg = self.cfg()
+        cfg.SOLVER.IMS_PER_BATCH = 4
+        cfg.SOLVER.BASE_LR_END = cfg.SOLVER.BASE_LR / 10
+        scale_schedule(cfg)
+        assert pytest.approx(cfg.SOLVER.BASE_LR / 10) == cfg.SOLVER.BASE_LR_END
 
     def test_never_stays_never_and_once_stays_once(self):
         cfg = self.cfg()

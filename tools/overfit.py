@@ -18,7 +18,7 @@ from lsnet_d2.engine import LSNetTrainer
 from lsnet_d2.errors import UserError, exit_on_user_error
 from lsnet_d2.files import atomic_write, make_folder
 from lsnet_d2.run_setup import log_setup
-from lsnet_d2.solver import schedule_of_length
+from lsnet_d2.solver import scale_schedule, schedule_of_length
 
 DATASET = "overfit"
 ITERATIONS = 1150  # unless the options say otherwise; a config's own are for more images
@@ -48,7 +48,7 @@ def first_images(data: dict, count: int, keypoints: bool = False) -> dict:
         annotation["image_id"]
         for annotation in data["annotations"]
         if not annotation.get("iscrowd")
-        and (not keypoints or any(v > 0 for v in annotation.get("keypoints", ())[2::3]))
+        and (not keypoints or any(v > 0 for v in (annotation.get("keypoints") or ())[2::3]))
     }
     images = [image for image in data["images"] if image["id"] in wanted][:count]
     ids = {image["id"] for image in images}
@@ -106,6 +106,7 @@ def main() -> None:
     }
     opts = [*as_opts(options), *args.opts, *as_opts({"DATASETS.COCO_FILES": files})]
     cfg = load_config(args.config_file, opts)
+    scale_schedule(cfg, given=opts[::2])
     if classes_key(cfg) not in args.opts:
         cfg.merge_from_list([classes_key(cfg), len(data["categories"])])
     cfg.freeze()

@@ -119,7 +119,7 @@ def _open_image(file_name: str) -> Iterator[Image.Image]:
     except FileNotFoundError as error:
         raise ImageError(f"{file_name}: no such image file") from error
     except _DAMAGE as error:
-        raise ImageError(f"{file_name}: not a complete image file: {_reason(error)}") from error
+        raise ImageError(f"{file_name}: {_reason(error)}") from error
 
 
 def open_image(file: BinaryIO, name: str, *, formats: Sequence[str] | None = None) -> Image.Image:
@@ -136,15 +136,17 @@ def open_image(file: BinaryIO, name: str, *, formats: Sequence[str] | None = Non
     try:
         image = Image.open(file, formats=formats)
     except _DAMAGE as error:
-        raise ImageError(f"{name}: not a complete image file: {_reason(error)}") from error
+        raise ImageError(f"{name}: {_reason(error)}") from error
     image.filename = name
     return image
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, Image.DecompressionBombError):
+        return f"too large: {error}"
     if isinstance(error, UnidentifiedImageError):  # names a Python object
-        return "it begins like no kind of image that is known"
-    return str(error)
+        error = "it begins like no kind of image that is known"
+    return f"not a complete image file: {error}"
 
 
 def convert_image(

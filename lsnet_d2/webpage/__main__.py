@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from detectron2.utils.logger import setup_logger
+from PIL import Image
 
 from ..config_file import CONFIG_HELP, load_config
 from ..drawing import CONTOUR_STYLES
@@ -119,6 +120,7 @@ def main(arguments: list[str] | None = None) -> None:
     predictor = LSNetPredictor(cfg, weights=args.weights, device=cfg.MODEL.DEVICE)
     files = dict.fromkeys([args.config_file, predictor.cfg.MODEL.WEIGHTS])  # they may be one
     limits = Limits(args.max_megabytes, args.max_megapixels)
+    Image.MAX_IMAGE_PIXELS = None  # they are what holds
     only_local = is_loopback(args.host)
     app = create_app(
         predictor,

@@ -15,7 +15,7 @@ COLOURS = ["#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9
 def predict(session: onnxruntime.InferenceSession, image: Image.Image) -> list[dict]:
     """Detections in an RGB image, best first; boxes and points as x, y in its pixels."""
     about = {k: json.loads(v) for k, v in session.get_modelmeta().custom_metadata_map.items()}
-    scale = min(about["min_size"] / min(image.size), about["max_size"] / max(image.size))
+    scale = min(about["min_size"] / min(image.size), about["max_size"] / max(image.size)) or 1.0
     size = [int(side * scale + 0.5) for side in image.size]
     pixels = np.asarray(image.resize(size, Image.Resampling.BILINEAR))
     pixels = pixels[:, :, :: -1 if about["input_format"] == "BGR" else 1]

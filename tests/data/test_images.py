@@ -100,6 +100,12 @@ def test_no_image(tmp_path, content):
         read_image(str(tmp_path / "text.png"), "BGR")
 
 
+def test_too_many_pixels(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ImageError, match="large.png: too large: Image size .240 pixels. exceeds"):
+        read_image(save(tmp_path / "large.png", GRADIENT), "BGR")
+
+
 def test_missing(tmp_path):
     with pytest.raises(ImageError, match="gone.png: no such image file"):
         read_image(str(tmp_path / "gone.png"), "BGR")

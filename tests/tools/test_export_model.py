@@ -1,8 +1,10 @@
 import json
 import re
+import runpy
 import shlex
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -203,3 +205,29 @@ def test_what_cannot_be_exported(monkeypatch, tmp_path, folder, capsys, opts, me
 
 def test_example_is_short():
     assert len((ROOT / "projects" / "onnx" / "predict.py").read_text().splitlines()) <= 60
+
+
+class EmptySession:
+    """Finds nothing, and keeps what it was given."""
+
+    def __init__(self, **about):
+        self.about = {"max_size": 400, "input_format": "RGB", **about}
+
+    def get_modelmeta(self):
+        values = {name: json.dumps(value) for name, value in self.about.items()}
+        return SimpleNamespace(custom_metadata_map=values)
+
+    def get_outputs(self):
+        return []
+
+    def run(self, _names, inputs):
+        self.shape = inputs["image"].shape
+        return []
+
+
+@pytest.mark.parametrize(("size", "shape"), [(0, (3, 300, 500)), (150, (3, 150, 250))])
+def test_example_resizes_as_the_file_says(size, shape):
+    example = runpy.run_path(str(ROOT / "projects" / "onnx" / "predict.py"))
+    session = EmptySession(min_size=size)
+    assert example["predict"](session, Image.new("RGB", (500, 300))) == []
+    assert session.shape == shape

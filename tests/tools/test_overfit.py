@@ -30,6 +30,7 @@ def test_takes_the_first_images_with_objects(tool):
         "annotations": [
             annotation(2, iscrowd=1),
             annotation(3, keypoints=[1, 1, 0]),
+            annotation(3, keypoints=None),
             annotation(3, iscrowd=1),
             annotation(4, keypoints=[1, 1, 2]),
         ],
@@ -37,7 +38,7 @@ def test_takes_the_first_images_with_objects(tool):
     }
     taken = tool.first_images(data, 5)
     assert [image["id"] for image in taken["images"]] == [3, 4]
-    assert len(taken["annotations"]) == 3
+    assert len(taken["annotations"]) == 4
     assert [i["id"] for i in tool.first_images(data, 1)["images"]] == [3]
     assert [i["id"] for i in tool.first_images(data, 5, keypoints=True)["images"]] == [4]
 

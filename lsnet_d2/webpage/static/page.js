@@ -39,7 +39,7 @@ async function detect(file, name) {
     }
     show(content);
   } catch (error) {
-    say(`The server does not answer: is lsnet-demo still running? (${error.message})`, true);
+    sayNoAnswer(error);
   } finally {
     setBusy(false);
     if (skipped) say(`${get("status").textContent}; ${skipped}`, true);
@@ -50,6 +50,10 @@ async function detect(file, name) {
 function setBusy(value) {
   busy = value;
   document.body.classList.toggle("busy", value);
+}
+
+function sayNoAnswer(error) {
+  say(`The server does not answer: is lsnet-demo still running? (${error.message})`, true);
 }
 
 function say(message, isError = false) {
@@ -86,7 +90,9 @@ function draw() {
   picture.replaceChildren();
   picture.setAttribute("viewBox", `0 0 ${answer.width} ${answer.height}`);
   picture.style.aspectRatio = `${answer.width} / ${answer.height}`;
-  add(picture, "image", { href: answer.picture, width: answer.width, height: answer.height });
+  // The picture may be a smaller one, whose sides were rounded.
+  const { width, height } = answer;
+  add(picture, "image", { href: answer.picture, width, height, preserveAspectRatio: "none" });
   const { clientWidth, clientHeight } = picture;
   const unit = Math.max(answer.width / clientWidth, answer.height / clientHeight) || 1;
   const parts = new Set(
@@ -245,7 +251,8 @@ async function paint() {
   const shown = new Image();
   shown.src = answer.picture;
   await shown.decode();
-  const scale = Math.max(1, picture.clientWidth / shown.width);
+  const { clientWidth, clientHeight } = picture;
+  const scale = Math.max(1, Math.min(clientWidth / shown.width, clientHeight / shown.height));
   const canvas = document.createElement("canvas");
   canvas.width = Math.round(shown.width * scale);
   canvas.height = Math.round(shown.height * scale);
@@ -277,9 +284,13 @@ get("file").addEventListener("change", (event) => {
 });
 for (const button of document.querySelectorAll(".example")) {
   button.addEventListener("click", async () => {
-    const response = await fetch(`examples/${button.dataset.number}`);
-    if (response.ok) detect(await response.blob(), button.dataset.name);
-    else say(`${button.dataset.name} is not there any more`, true);
+    try {
+      const response = await fetch(`examples/${button.dataset.number}`);
+      if (response.ok) detect(await response.blob(), button.dataset.name);
+      else say(`${button.dataset.name} is not there any more`, true);
+    } catch (error) {
+      sayNoAnswer(error);
+    }
   });
 }
 document.addEventListener("dragover", (event) => {
