@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pycocotools import mask as mask_util
 
 from lsnet_d2.errors import UserError
 from lsnet_d2.ground_truth import coco_index
@@ -81,6 +82,19 @@ def test_contour_around_one_part_of_two():
     # the way back sees the other part, of which the sides are 10, 20, 20 and 30 away in the mean
     assert contour_error(SQUARE, two) == pytest.approx((0 + (0 + 20) / 2) / 2)
     assert contour_error(SQUARE, true_object()) == pytest.approx(0)
+
+
+def test_contour_error_sees_holes():
+    mask = np.zeros((60, 80), np.uint8)
+    mask[10:30, 10:30] = 1
+    whole = mask_util.encode(np.asfortranarray(mask))
+    mask[15:25, 15:25] = 0
+    ring = mask_util.encode(np.asfortranarray(mask))
+    assert contour_error(SQUARE, true_object(segmentation=whole)) == pytest.approx(0)
+    # a third of the true outlines is 5 pixels away
+    assert contour_error(SQUARE, true_object(segmentation=ring)) == pytest.approx(
+        5 / 3 / 2, rel=0.05
+    )
 
 
 @given(st.integers(1, 5), st.integers(0, 3))

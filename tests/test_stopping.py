@@ -227,7 +227,9 @@ def test_best_checkpoint_and_early_end(folder, tmp_path, monkeypatch):
     assert names(tmp_path) == ["model_best.pth", "model_final.pth"]
     best, last = (torch.load(tmp_path / f"model_{n}.pth") for n in ("best", "final"))
     assert best["iteration"] == best["trainer"]["iteration"] == 3
-    assert best["trainer"]["hooks"]["BestMetric"] == {"best": 3, "best_iteration": 3, "waited": 0}
+    metric = {"metric": ["min", "validation/total_loss"]}
+    saved = best["trainer"]["hooks"]["BestMetric"]
+    assert saved == {**metric, "best": 3, "best_iteration": 3, "waited": 0}
     assert last["iteration"] == 6
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
     # one that has ended does not go on
@@ -248,7 +250,8 @@ def test_the_best_is_known_after_an_interruption(folder, tmp_path, monkeypatch):
     trainer = train(cfg, resume=True)
     assert trainer.start_iter == 3 and trainer.iter == 5 and asked[:5] == [5, 4, 6, 4, 4]
     saved = torch.load(tmp_path / "model_final.pth")["trainer"]["hooks"]["BestMetric"]
-    assert saved == {"best": 4, "best_iteration": 1, "waited": 3}
+    metric = {"metric": ["min", "validation/total_loss"]}
+    assert saved == {**metric, "best": 4, "best_iteration": 1, "waited": 3}
 
 
 def test_the_last_evaluation_may_be_the_best(folder, tmp_path):

@@ -311,6 +311,21 @@ def test_left_and_right_change_places_in_flips_of_either_kind(image, flip, place
     assert found[:, 2].tolist() == [1, 2, 0]
 
 
+@pytest.mark.parametrize(
+    ("transform", "expected"),
+    [
+        (T.CropTransform(40, 0, 30, 60), [[0, 0, 0], [5.5, 20.5, 1], [0, 0, 0]]),
+        (T.Resize((120, 200)), [[61, 21, 2], [91, 41, 1], [191, 11, 2]]),
+    ],
+    ids=["crop", "resize"],
+)
+def test_keypoints_in_a_view_of_another_size(image, transform, expected):
+    pose = mapper(transform, use_keypoint=True, keypoint_hflip_indices=np.arange(3))
+    keypoints = [30.5, 10.5, 2, 45.5, 20.5, 1, 95.5, 5.5, 2]
+    instances = pose(record(image, annotation(keypoints=keypoints)))["instances"]
+    np.testing.assert_allclose(instances.gt_keypoints.tensor[0], expected)
+
+
 def test_keypoints_of_another_skeleton(image):
     pose = mapper(use_keypoint=True, keypoint_hflip_indices=np.array([0, 1, 2]))
     with pytest.raises(AnnotationError, match="annotation 7 of image .*image.png: 6 numbers"):

@@ -109,6 +109,18 @@ def test_the_stream_starts_anywhere():
     assert loader.batches_done == 6
 
 
+def test_the_place_in_the_stream_counts_all_processes(monkeypatch):
+    monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
+    state = make().state_dict(3)
+    assert state["images"] == 12
+    loader = make()
+    loader.load_state_dict(state)
+    assert loader.batches_done == 3
+    monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 1)
+    loader.load_state_dict(state)
+    assert loader.batches_done == 6
+
+
 def test_each_image_has_numbers_of_its_own():
     drawn = [example["drawn"] for batch in first(make(), 30) for example in batch]
     assert len(set(drawn)) == 60

@@ -45,8 +45,16 @@ def test_shifted_predictions(coco):
 
 
 def test_limit_of_detections(coco):
-    results = evaluate(coco, predictions(1), predictions(2), max_dets=300)["bbox"]
-    assert results["AP"] == pytest.approx(100)
+    """The object is the 101st of what is found."""
+    image, output = predictions(1)
+    right = output["instances"]
+    wrong = Instances(tiny_coco.SIZE)
+    wrong.pred_boxes = Boxes(torch.tensor([[50.0, 40.0, 60.0, 46.0]]).repeat(100, 1))
+    wrong.scores = torch.full((100,), 0.95)
+    wrong.pred_classes = right.pred_classes.repeat(100)
+    outputs = (image, {"instances": Instances.cat([wrong, right])}), predictions(2)
+    assert evaluate(coco, *outputs)["bbox"]["AP-person"] == 0
+    assert evaluate(coco, *outputs, max_dets=300)["bbox"]["AP-person"] > 0
 
 
 def test_results_file_has_extreme_points(coco):

@@ -270,6 +270,9 @@ class TestBuildBranches:
             build_branches(tiny_cfg(TASK="pose_bbox", NUM_CLASSES=3, KEYPOINT_CLASSES=classes))
         build_branches(tiny_cfg(TASK="segm", NUM_CLASSES=3, KEYPOINT_CLASSES=classes))
 
+    branches = build_branches(tiny_cfg(TASK="pose_bbox", KEYPOINT_CLASSES=[1]))
+    assert branches[1].classes == [1]
+
     def test_unknown_task_names_the_key(self):
         with pytest.raises(ValueError, match=r"MODEL\.LSNET\.TASK is 'boxes'.*bbox"):
             build_branches(tiny_cfg(TASK="boxes"))

@@ -4,6 +4,7 @@ from detectron2.utils.events import EventStorage
 from tiny_model import make_input, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lsnet_d2.modeling import criterion
 from lsnet_d2.modeling.branches import ExtremeBranch
 from lsnet_d2.modeling.criterion import Criterion
 from lsnet_d2.modeling.landmarks import LandmarkTargets
@@ -118,6 +119,22 @@ def test_soft_labels_are_the_overlaps_of_the_refine_stage(monkeypatch):
     target[positives.image, positives.point, 0] = used
     expected = quality_focal_loss(predictions.logits, target).sum() / len(positives)
     torch.testing.assert_close(again, expected)
+
+
+def test_the_config_says_how_many_points_learn(monkeypatch):
+    model = tiny_model(INIT_POSITIVES=3, ATSS_TOPK=5).train()
+    seen = []
+    assign = criterion.assign_atss
+
+    def spy(*args, **kwargs):
+        seen.append(kwargs["topk"])
+        return assign(*args, **kwargs)
+
+    monkeypatch.setattr(criterion, "assign_atss", spy)
+    with EventStorage() as storage:
+        model([make_input([[10, 12, 60, 70]], [0])])
+        assert storage.latest()["lsnet/num_pos_init"][0] == 3
+    assert seen == [5]
 
 
 def test_soft_labels_need_boxes_that_are_not_the_keypoints():

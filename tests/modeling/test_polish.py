@@ -347,6 +347,104 @@ def test_boxes_are_clipped_before_they_are_compared():
     assert boxes.amin() == 0 and boxes.amax() == 96
 
 
+def test_each_image_is_looked_at_by_itself():
+    """Results of a batch are those of its images alone."""
+    model = detecting_model(POLISH_GRID=2)
+    torch.manual_seed(0)
+    (step,) = model.polish.steps
+    for branch in step.branches.values():
+        torch.nn.init.normal_(branch.out.weight)
+        torch.nn.init.normal_(branch.quality.weight)
+    images = [make_input(BOXES, [0, 1, 2], seed=seed) for seed in (1, 2)]
+    with torch.no_grad():
+        together = [found["instances"] for found in model(images)]
+        alone = [model([image])[0]["instances"] for image in images]
+    for one, other in zip(together, alone, strict=True):
+        assert len(one) == len(other) > 10
+        torch.testing.assert_close(one.scores, other.scores)
+        torch.testing.assert_close(one.pred_contours, other.pred_contours, rtol=0, atol=1e-2)
+    assert not torch.allclose(alone[0].scores[:10], alone[1].scores[:10])
+
+
+def test_features_are_read_at_the_strides_that_they_have():
+    torch.manual_seed(0)
+    polish = Polish(["p3", "p4"], [8, 16], [PolishStep({"bbox": 4}, 16, 3)]).eval()
+    landmarks = torch.tensor([[[24.0, 40.0], [60, 60], [70, 60], [70, 70]]])
+
+    def quality(level, row, column):
+        maps = [torch.zeros(1, 8, 16, 16), torch.zeros(1, 8, 8, 8)]
+        maps[level][..., row, column] = 1.0
+        with torch.no_grad():
+            return polish(maps, torch.tensor([0]), [landmarks])[-1][0].quality
+
+    nothing = quality(0, 15, 15)
+    assert not torch.allclose(quality(0, 5, 3), nothing)  # under the first landmark
+    torch.testing.assert_close(quality(0, 3, 5), nothing)
+    assert not torch.allclose(quality(1, 2, 1), nothing)  # 8 pixels beside it
+    torch.testing.assert_close(quality(1, 5, 3), quality(1, 7, 7))
+
+
+def test_no_gradient_flows_from_a_step_to_those_before():
+    torch.manual_seed(0)
+    polish = Polish(["p3"], [8], [PolishStep({"bbox": 4}, 8, 3) for _ in range(2)])
+    for step in polish.steps:
+        torch.nn.init.normal_(step.branches["bbox"].out.weight)
+    landmarks = torch.rand(2, 4, 2) * 60
+    last = polish([torch.randn(1, 8, 12, 12)], torch.tensor([0, 0]), [landmarks])[-1][0]
+    (last.landmarks.sum() + last.quality.sum()).backward()
+    first, second = (
+        [p.grad.abs().max() for p in step.parameters() if p.grad is not None]
+        for step in polish.steps
+    )
+    assert not first and max(second) > 0
+
+
+def test_places_far_from_the_object_are_not_felt():
+    """As those of a hard negative may be."""
+    torch.manual_seed(0)
+    polish = PolishStep({"bbox": 4, "pose": 1}, 8, 3).eval()
+    torch.nn.init.normal_(polish.branches["bbox"].out.weight)
+    corners = torch.tensor([[[0.0, 0.0], [30.0, 0.0], [30.0, 40.0], [0.0, 40.0]]])
+
+    def moves(x):
+        pose = torch.tensor([[[15.0 + 50 * x, 20.0]]])  # sizes from the middle
+        with torch.no_grad():
+            features = reading(torch.ones(1, 8, 400, 400))
+            return polish(features, torch.tensor([0]), [corners, pose])[0].landmarks
+
+    torch.testing.assert_close(moves(2.0), moves(20.0))
+    assert not torch.allclose(moves(1.0), moves(2.0))
+
+
+def test_the_config_says_how_scores_are_made_and_what_is_looked_at():
+    model = polished_model(QUALITY_SHARE_TEST=0.7, SOFT_NMS_SIGMA_TEST=0.9, POLISH_GRID=4)
+    assert (model.test_quality_share, model.test_soft_nms_sigma) == (0.7, 0.9)
+    assert [len(step.grid) for step in model.polish.steps] == [16]
+
+
+def test_hard_negatives_are_on_the_image_and_in_no_ignored_region(monkeypatch):
+    model = tiny_model(POLISH_IN_FEATURES=["p3"]).train()
+    plain, ignored = make_input([], []), make_input([], [])
+    ignored["ignore_boxes"] = torch.tensor([[-1.0, -1.0, 200.0, 200.0]])
+    assert losses_of(model, [plain])["loss_bbox_quality"] > 0
+    assert losses_of(model, [ignored])["loss_bbox_quality"] == 0
+
+    seen = []
+    find = model.criterion.polish_criterion.find_negatives
+    monkeypatch.setattr(
+        model.criterion.polish_criterion,
+        "find_negatives",
+        lambda *args: seen.append(args[3]) or find(*args),
+    )
+    small = make_input([], [], size=(40, 70))
+    losses_of(model, [plain, small])
+    (background,) = seen
+    points, *_ = model.predict(model.preprocess_image([plain, small]).tensor)
+    for row, size in zip(background, [(96, 128), (40, 70)], strict=True):
+        assert torch.equal(row, model.criterion.valid_points(points, size))
+    assert not background[1].all()
+
+
 def test_share_of_the_quality():
     with pytest.raises(ValueError, match="QUALITY_SHARE_TEST is 1.5"):
         polished_model(QUALITY_SHARE_TEST=1.5)

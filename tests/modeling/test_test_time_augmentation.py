@@ -6,7 +6,7 @@ from detectron2.data import transforms as T
 from detectron2.data.detection_utils import build_augmentation
 from detectron2.data.transforms import HFlipTransform, ResizeTransform, TransformList
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes
+from detectron2.structures import Boxes, Instances
 from parity import Recorded
 from tiny_model import make_input, tiny_cfg, tiny_model
 
@@ -308,6 +308,24 @@ def test_sizes_are_those_in_the_augmented_image(exact):
         (output,) = LSNetWithTTA(cfg, model)([make_input([], [])])
         scores = output["instances"].scores
         assert [round((0.9 - score) / 0.1) for score in scores.tolist()] == found
+
+
+def test_landmarks_lose_as_much_as_their_object(joint):
+    """Where one is found again, the worse one is left with little of its score."""
+    cfg, model = joint
+    instances = Instances((100, 100))
+    instances.pred_boxes = Boxes(torch.tensor([[0.0, 0.0, 100.0, 100.0], [0.0, 0.0, 100.0, 80.0]]))
+    instances.scores = torch.tensor([0.6, 0.3])
+    instances.pred_classes = torch.tensor([0, 0])
+    instances.pred_extreme_points = torch.zeros(2, 4, 2)
+    instances.pred_contours = torch.zeros(2, 36, 2)
+    instances.pred_keypoints = torch.zeros(2, 5, 3)
+    instances.contour_scores = instances.scores / 2
+    instances.pose_scores = instances.scores / 3
+    merged = LSNetWithTTA(cfg, model).merge(instances)
+    assert len(merged) == 2 and merged.scores[0] == 0.6 and merged.scores[1] < 0.2
+    torch.testing.assert_close(merged.contour_scores, merged.scores / 2)
+    torch.testing.assert_close(merged.pose_scores, merged.scores / 3)
 
 
 def test_best_detections_and_large_boxes_are_kept(exact, monkeypatch):
