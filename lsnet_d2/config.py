@@ -144,6 +144,9 @@ def add_lsnet_config(cfg: CN) -> None:
     cfg.TEST.AUG.METHOD = "vote"
     # IOU from which on boxes vote together.
     cfg.TEST.AUG.VOTE_IOU = 0.66
+    # Detections that are left after they were put together (1000 in the released code); 0: as many
+    # as of each augmented image, TEST.DETECTIONS_PER_IMAGE.
+    cfg.TEST.AUG.DETECTIONS_PER_IMAGE = 0
 
     # Keep only the inputs of the residual blocks for the backward pass, which computes the rest
     # anew: less memory, more time, the same numbers. Not for batch norm that gathers statistics.

@@ -296,6 +296,8 @@ def _check_augmentation(cfg: CfgNode) -> None:
         raise ConfigError(
             f"TEST.AUG.ENABLED is True for a {architecture}; only LSNet has test-time augmentation"
         )
+    if (most := cfg.TEST.AUG.DETECTIONS_PER_IMAGE) < 0:
+        raise ConfigError(f"TEST.AUG.DETECTIONS_PER_IMAGE is {most}; it must not be negative")
     try:
         LSNetDatasetMapperTTA(cfg)
         check_merging(cfg.TEST.AUG.METHOD, cfg.TEST.AUG.VOTE_IOU)

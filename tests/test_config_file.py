@@ -85,6 +85,7 @@ def options(settings):
         (AUGMENTED, "TEST.AUG.MIN_SIZES", "()", "one or more"),
         (AUGMENTED, "TEST.AUG.METHOD", "mean", "vote, nms"),
         (AUGMENTED, "TEST.AUG.VOTE_IOU", "0.0", "over 0"),
+        (AUGMENTED, "TEST.AUG.DETECTIONS_PER_IMAGE", "-1", "must not be negative"),
         (LSNET, "MODEL.LSNET.NUM_CLASSES", "0", "1 or more"),
         (LSNET, "MODEL.LSNET.SOFT_NMS_SIGMA_TEST", "-1.0", "must not be negative"),
         (LSNET, "TEST.DETECTIONS_PER_IMAGE", "-1", "1 or more"),

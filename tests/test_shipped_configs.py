@@ -106,6 +106,40 @@ def test_is_short_and_names_its_output(name):
     assert base or f'OUTPUT_DIR: "output/{name.removesuffix(".yaml")}"' in text
 
 
+# Epochs and steps of the released configs.
+SCHEDULES = {
+    "1x": (12, (8, 11)),
+    "2x": (24, (16, 22)),
+    "30e": (30, (28,)),
+    "60e": (60, (54, 56)),
+    "24e": (24, (12, 20)),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in names(False) if n.startswith(("bbox/", "segm/", "pose/"))]
+)
+def test_the_papers_schedules_are_the_released_ones(name):
+    cfg = load_config(str(CONFIGS / name), need_data_sets=False)
+    pose = name.startswith("pose/")
+    # images with objects, or with people who have keypoints; eight GPUs
+    images, batch = (64_115, 8 * 6) if pose else (117_266, 8 * 2)
+    parts = name.removesuffix(".yaml").split("_")
+    epochs, steps = SCHEDULES[next(part for part in parts if part in SCHEDULES)]
+    solver = cfg.SOLVER
+    epoch = images / solver.IMS_PER_BATCH
+    assert pytest.approx(epochs * epoch, rel=1e-3) == solver.MAX_ITER
+    assert pytest.approx([step * epoch for step in steps], rel=1e-3) == solver.STEPS
+    ratio = batch / solver.IMS_PER_BATCH
+    assert pytest.approx(0.01 / ratio, rel=2e-3) == solver.BASE_LR
+    assert (500 * ratio, 0.001) == (solver.WARMUP_ITERS, solver.WARMUP_FACTOR)
+    assert (solver.OPTIMIZER, solver.MOMENTUM, solver.GAMMA) == ("SGD", 0.9, 0.1)
+    assert solver.WEIGHT_DECAY == solver.WEIGHT_DECAY_NORM == 1e-4
+    assert solver.WEIGHT_DECAY_BIAS in (None, 1e-4) and solver.BIAS_LR_FACTOR == 1
+    clip = solver.CLIP_GRADIENTS
+    assert (clip.ENABLED, clip.CLIP_TYPE, clip.CLIP_VALUE) == (True, "full_model", 35)
+
+
 OTHERS = [str(f) for f in tiny_coco.ROOT.glob("projects/*/configs/[!B]*.yaml")]
 
 

@@ -207,7 +207,8 @@ class LSNetWithTTA(nn.Module):
             # Where there are holes, vertices along all outlines of an object have another order in
             # the mirrored image; those of the released code run along one outline.
             "outlines_vote": not cfg.TEST.AUG.FLIP or cfg.INPUT.CONTOUR_SAMPLING == "reference",
-            "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "max_detections_per_image": cfg.TEST.AUG.DETECTIONS_PER_IMAGE
+            or cfg.TEST.DETECTIONS_PER_IMAGE,
             "batch_size": batch_size,
         }
 

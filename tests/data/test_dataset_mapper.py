@@ -11,6 +11,7 @@ from detectron2.data import transforms as T
 from detectron2.structures import BoxMode
 from hypothesis import given
 from hypothesis import strategies as st
+from parity import Recorded
 from PIL import Image
 from pycocotools import mask as mask_util
 
@@ -324,6 +325,50 @@ def test_keypoints_in_a_view_of_another_size(image, transform, expected):
     keypoints = [30.5, 10.5, 2, 45.5, 20.5, 1, 95.5, 5.5, 2]
     instances = pose(record(image, annotation(keypoints=keypoints)))["instances"]
     np.testing.assert_allclose(instances.gt_keypoints.tensor[0], expected)
+
+
+@pytest.mark.parametrize("case", ["r0", "r1", "r2", "r3"])
+def test_sizes_and_places_are_those_of_the_released_code(case, tmp_path):
+    """But for keypoints that leave the image, which it moves to the border."""
+    arrays = Recorded("comp_resize.npz").under(case)
+    recorded = {name: arrays[name].numpy() for name in arrays}
+    height, width = recorded["in_hw"].tolist()
+    longest, shortest = recorded["img_scale"].tolist()
+    Image.new("RGB", (width, height)).save(tmp_path / "a.png")
+    annotations = [
+        annotation(
+            box,
+            segmentation=None,
+            bbox_mode=BoxMode.XYXY_ABS,
+            keypoints=pose.tolist(),
+            extreme_points=points.tolist(),
+        )
+        for box, pose, points in zip(
+            recorded["boxes"], recorded["keypoints"], recorded["extremes"], strict=True
+        )
+    ]
+    resize = mapper(
+        T.ResizeShortestEdge(shortest, longest),
+        use_keypoint=True,
+        keypoint_hflip_indices=np.arange(17),
+        extreme_points="annotation",
+    )
+    output = resize(
+        {
+            **record(str(tmp_path / "a.png"), *annotations),
+            **{"height": height, "width": width},
+        }
+    )
+    assert list(output["image"].shape[1:]) == recorded["out_hw"].tolist()
+    instances = output["instances"]
+    np.testing.assert_allclose(instances.gt_boxes.tensor, recorded["out_boxes"], atol=1e-3)
+    points = recorded["out_extremes"][:, :8].reshape(-1, 4, 2)
+    np.testing.assert_allclose(instances.gt_extreme_points, points, atol=1e-3)
+    expected = recorded["out_keypoints"].reshape(-1, 17, 3)
+    found = instances.gt_keypoints.tensor.numpy()
+    seen = found[..., 2] > 0
+    assert seen.sum() > 0.9 * (expected[..., 2] > 0).sum()
+    np.testing.assert_allclose(found[seen], expected[seen], atol=1e-3)
 
 
 def test_keypoints_of_another_skeleton(image):

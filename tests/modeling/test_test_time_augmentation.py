@@ -310,6 +310,14 @@ def test_sizes_are_those_in_the_augmented_image(exact):
         assert [round((0.9 - score) / 0.1) for score in scores.tolist()] == found
 
 
+def test_the_limit_after_merging_is_its_own(joint):
+    cfg, model = joint
+    cfg.TEST.DETECTIONS_PER_IMAGE = 20
+    assert LSNetWithTTA(cfg, model).max_detections_per_image == 20
+    cfg.TEST.AUG.DETECTIONS_PER_IMAGE = 1000
+    assert LSNetWithTTA(cfg, model).max_detections_per_image == 1000
+
+
 def test_landmarks_lose_as_much_as_their_object(joint):
     """Where one is found again, the worse one is left with little of its score."""
     cfg, model = joint
