@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from pycocotools.coco import COCO
 
-from .data.annotation_checks import raise_problems, read_boxes
+from .data.annotation_checks import is_region, raise_problems, read_boxes
 from .data.polygons import check_form, check_rle
 from .errors import UserError
 
@@ -96,7 +96,7 @@ def complete_annotations(dataset: dict[str, Any]) -> None:
         )
     keypoints = count_keypoints(annotations)
     for annotation in annotations:
-        annotation["iscrowd"] = int(bool(annotation.get("iscrowd") or annotation.get("ignore")))
+        annotation["iscrowd"] = int(is_region(annotation))
         if not annotation.get("keypoints"):
             annotation["keypoints"] = [0] * (3 * keypoints)
             annotation["num_keypoints"] = 0

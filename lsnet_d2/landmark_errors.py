@@ -28,6 +28,7 @@ from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 from tabulate import tabulate
 
+from .data.annotation_checks import is_region
 from .data.extreme_points import extreme_points
 from .data.polygons import segmentation_to_outlines
 from .errors import UserError
@@ -189,8 +190,7 @@ def landmark_errors(coco: COCO, detections: Iterable[Detections]) -> dict[str, M
 
 
 def _can_be_taken(annotation: dict) -> bool:
-    region = annotation["iscrowd"] or annotation.get("ignore")
-    return not region and min(annotation["bbox"][2:]) > 0
+    return not is_region(annotation) and min(annotation["bbox"][2:]) > 0
 
 
 def match(

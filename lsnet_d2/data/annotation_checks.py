@@ -318,7 +318,7 @@ def _annotation_problem(
             as_extreme_points(annotation["extreme_points"])
         except ValueError as error:
             return str(error)
-    elif need_extreme_points and annotation.get("segmentation") and not _is_region(annotation):
+    elif need_extreme_points and annotation.get("segmentation") and not is_region(annotation):
         return (
             "it has no extreme_points. tools/gen_coco_lsvr.py writes them; Detectron2's own "
             "loader, which coco_2017_train has, drops them: take coco_train2017, as the folder is "
@@ -327,7 +327,8 @@ def _annotation_problem(
     return ""
 
 
-def _is_region(annotation: dict) -> bool:
+def is_region(annotation: dict) -> bool:
+    """Whether it is a crowd, or to be ignored: no object, and no background."""
     return bool(annotation.get("iscrowd") or annotation.get("ignore"))
 
 
@@ -343,7 +344,7 @@ def _without(dataset_dicts: list[dict], places: Iterable[tuple[int, int]]) -> li
 
 
 def _log_box_only(where: str, annotations: Iterable[dict]) -> None:
-    objects = [a for a in annotations if not _is_region(a)]
+    objects = [a for a in annotations if not is_region(a)]
     count = sum(not a.get("segmentation") and "extreme_points" not in a for a in objects)
     if count:
         logger.info(

@@ -14,7 +14,7 @@ from detectron2.structures import BitMasks, Boxes, BoxMode, Instances, Keypoints
 
 from ..errors import ConfigError
 from ..tasks import branch_weights
-from .annotation_checks import AnnotationError, name_annotation
+from .annotation_checks import AnnotationError, is_region, name_annotation
 from .contours import CONTOUR_METHODS, resample_contour
 from .extreme_points import as_extreme_points, extreme_points, side_midpoints
 from .images import ImageError, NamedAugInput, read_image
@@ -176,7 +176,7 @@ class LSNetDatasetMapper(DatasetMapper):
         )
         objects, ignored = [], []
         for index, annotation in enumerate(annotations):
-            if annotation.get("iscrowd") or annotation.get("ignore"):
+            if is_region(annotation):
                 ignored += [boxes[index]] if _has_area(boxes[index]) else []
                 continue
             name = name_annotation(dataset_dict, index)

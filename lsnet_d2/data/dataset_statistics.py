@@ -9,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
+from .annotation_checks import is_region
 from .coco_json import is_id
 from .keypoints import skeleton_metadata
 
@@ -63,7 +64,7 @@ def class_statistics(data: dict[str, Any]) -> list[ClassStatistics]:
     statistics = []
     for category in sorted(data["categories"], key=lambda category: category["id"]):
         found = of_category[category["id"]]
-        objects = [a for a in found if not (a.get("iscrowd") or a.get("ignore"))]
+        objects = [a for a in found if not is_region(a)]
         statistics.append(
             ClassStatistics(
                 name=category["name"],

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 
 import detectron2.data.transforms as T
 import numpy as np
-from detectron2.data.detection_utils import convert_PIL_to_numpy
+from detectron2.data.detection_utils import _apply_exif_orientation, convert_PIL_to_numpy
 from detectron2.utils.file_io import PathManager
 from PIL import ExifTags, Image, UnidentifiedImageError
 
@@ -16,17 +16,7 @@ from ..errors import UserError
 
 # What PIL raises over damaged files.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
-# What turns an image upright, by the orientation in its EXIF data.
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_TURNED = (5, 6, 7, 8)  # those that exchange width and height
+_TURNED = (5, 6, 7, 8)  # orientations in EXIF data that exchange width and height
 
 # How the names of files end that are taken for images in a folder.
 IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -97,8 +87,7 @@ def read_image_size(file_name: str) -> tuple[int, int]:
 def _upright(image: Image.Image) -> Image.Image:
     """With the pixels read."""
     image.load()  # turns a TIFF
-    method = _UPRIGHT.get(_orientation(image))
-    return image if method is None else image.transpose(method)
+    return _apply_exif_orientation(image)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -21,6 +21,7 @@ from pycocotools import mask as mask_util
 from runs import Row, title_of
 
 from lsnet_d2.config_file import load_config
+from lsnet_d2.data.annotation_checks import is_region
 from lsnet_d2.data.catalog import load_metadata
 from lsnet_d2.errors import UserError
 from lsnet_d2.evaluation import oks_sigmas
@@ -75,8 +76,8 @@ def photo_score(
     annotations: list[dict], results: list[dict], size: tuple[int, int], sigmas: np.ndarray
 ) -> float | None:
     """See above; all of one photo."""
-    crowds = [a["bbox"] for a in annotations if a.get("iscrowd") or a.get("ignore")]
-    objects = [a for a in annotations if not (a.get("iscrowd") or a.get("ignore"))]
+    crowds = [a["bbox"] for a in annotations if is_region(a)]
+    objects = [a for a in annotations if not is_region(a)]
     results = [r for r in results if r["score"] >= SCORE_FLOOR]
     results.sort(key=lambda r: -r["score"])
     ious = box_ious([r["bbox"] for r in results], [a["bbox"] for a in objects], [0] * len(objects))
