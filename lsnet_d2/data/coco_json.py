@@ -106,9 +106,14 @@ def _mistyped_values(key: str, entries: list[dict]) -> list[str]:
         for name, (fits, kind) in _KINDS[key].items()
         if not fits(entry[name])
     ]
-    if not problems and len({isinstance(entry["id"], str) for entry in entries}) > 1:
-        problems.append(f"some ids of {key!r} are numbers and some are text")
-    return problems
+    return problems or ids_of_two_kinds(key, entries)
+
+
+def ids_of_two_kinds(key: str, entries: list[dict]) -> list[str]:
+    """A line if some ids are numbers and some are text, which cannot be sorted."""
+    if len({isinstance(entry["id"], str) for entry in entries}) < 2:
+        return []
+    return [f"some ids of {key!r} are numbers and some are text"]
 
 
 def _shown(value: object) -> str:

@@ -14,7 +14,7 @@ from detectron2.structures import BoxMode
 from tqdm import tqdm
 
 from .annotation_checks import box_problems, name_annotation
-from .coco_json import entries_lacking_keys, is_id, unknown_category
+from .coco_json import entries_lacking_keys, ids_of_two_kinds, is_id, unknown_category
 from .images import ImageError, read_image, read_image_size
 from .keypoints import is_finite, skeleton_metadata
 from .repairs import (
@@ -145,8 +145,8 @@ class _Checker:
         return complete
 
     def _check_kind(self, key: str, entries: list[dict]) -> None:
-        if len({isinstance(entry["id"], str) for entry in entries}) > 1:
-            self._report(_FILE, f"some ids of {key!r} are numbers and some are text")
+        for text in ids_of_two_kinds(key, entries):
+            self._report(_FILE, text)
 
     def _without_copies(self, entries: list[dict], name: Callable[[dict], str]) -> list[dict]:
         first, kept = {}, []
