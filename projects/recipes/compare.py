@@ -19,7 +19,8 @@ from folders import data_opts
 from pictures import draw_extremes
 from plan import ROOT, Budget, Plan, Variant, read_plan
 from report import best_point, write_report
-from runs import Row, Trainings
+from rows import Row
+from runs import Trainings
 from versions import current_version
 
 import lsnet_d2  # noqa: F401  (registers the model, the backbones and the data sets)
@@ -214,13 +215,13 @@ def main() -> None:
         opts=opts,
         evaluations=plan.evaluations,
         jobs=args.jobs,
-        timing_iterations=None if args.table else args.timing_iterations,
+        timing_iterations=args.timing_iterations,
         say=say,
     )
     comparison = Comparison(
         trainings, choose(plan, args), tuple(dict.fromkeys(args.seeds or plan.seeds))
     )
-    trainings.prepare(comparison.variants)
+    trainings.prepare(comparison.variants, measure=not args.table)
     if not args.table:
         comparison.run()
     comparison.report()

@@ -6,7 +6,7 @@ from pathlib import Path
 import matplotlib
 from plan import slug
 from report import TITLES
-from runs import KINDS, Row, read_metrics, title_of
+from rows import KINDS, Row, read_metrics, title_of
 
 from lsnet_d2.files import atomic_write
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from plan import ROOT, slug
 from pycocotools import mask as mask_util
-from runs import Row, title_of
+from rows import Row, title_of
 
 from lsnet_d2.config_file import load_config
 from lsnet_d2.data.annotation_checks import is_region

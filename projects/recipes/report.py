@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from plan import Variant
-from runs import FIGURES, KINDS, Row, read_row, title_of
+from rows import FIGURES, KINDS, Row, read_row, title_of
 from versions import Version
 
 from lsnet_d2.files import atomic_write

@@ -3,76 +3,24 @@
 import json
 import subprocess
 import sys
-import threading
-from pathlib import Path
 
 import pytest
 import tiny_coco
-from recipes_project import compare, curves, plan, runs, train, versions
+from recipes_project import (
+    VERSION,
+    FakeTraining,
+    compare,
+    curves,
+    plan,
+    runs,
+    train,
+    train_all,
+    variant,
+    versions,
+)
 from tiny_coco import ROOT
 
-from lsnet_d2.errors import ConfigError, NonFiniteWeightsError, TrainingError, UserError
-
-SHAPES = ROOT / "configs/quick"
-VERSION = versions.Version(
-    code=versions.code_hash(), torch="2", detectron2="0.6", device="chip", commit="abc"
-)
-
-
-class FakeTraining:
-    """Takes half a second an iteration, a quarter if it is an R-CNN; AP is 1000 times the learning
-    rate plus the seed. It diverges with a rate above 0.1."""
-
-    commands: list[dict]
-    status = 0
-
-    def __init__(self, command, **_):
-        words = command[command.index("--config-file") :]
-        options = dict(zip(words[::2], words[1::2], strict=True))
-        self.commands.append(options)
-        iterations = int(options["SOLVER.MAX_ITER"])
-        rate = float(options.get("SOLVER.BASE_LR", 0.01))
-        self.returncode = runs.DIVERGED if rate > 0.1 else self.status
-        if self.returncode:
-            return
-        seconds = 0.25 if "rcnn" in options["--config-file"] else 0.5
-        lines = [{"time": 60.0, "iteration": 0, "peak_memory": 100.0}]  # warming up
-        lines += [{"time": seconds, "iteration": iterations - 1, "peak_memory": 200.0}]
-        lines[-1]["parameters"] = 3e6
-        if options.get("DATASETS.TEST") != "()":
-            ap = 1000 * rate + int(options["SEED"])
-            lines.append({"iteration": iterations, "bbox/AP": ap, "bbox/APl": float("nan")})
-        with open(Path(options["OUTPUT_DIR"]) / "metrics.json", "a") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
-
-    def wait(self):
-        return self.returncode
-
-    def terminate(self):
-        pass
-
-
-@pytest.fixture
-def commands(monkeypatch):
-    monkeypatch.setattr(FakeTraining, "commands", [], raising=False)
-    monkeypatch.setattr(subprocess, "Popen", FakeTraining)
-    return FakeTraining.commands
-
-
-def variant(name="LSNet", config="shapes_bbox", **kwargs):
-    values = {"group": "bbox", "name": name, "config": SHAPES / f"{config}.yaml", "opts": {}}
-    return plan.Variant(**{**values, **kwargs})
-
-
-def train_all(output, *variants, seeds=(1,), **kwargs):
-    trainings = runs.Trainings(
-        output, kwargs.pop("version", VERSION), opts=["MODEL.DEVICE", "cpu"], **kwargs
-    )
-    comparison = compare.Comparison(trainings, variants, seeds)
-    trainings.prepare(variants)
-    comparison.run()
-    comparison.report()
-    return comparison
+from lsnet_d2.errors import NonFiniteWeightsError, TrainingError, UserError
 
 
 def test_variants_are_trained_for_as_long_as_another(commands, tmp_path):
@@ -94,15 +42,6 @@ def test_variants_are_trained_for_as_long_as_another(commands, tmp_path):
     assert ours["TEST.EVAL_PERIOD"] == "145"
 
 
-def test_minutes_become_iterations_and_finished_runs_are_kept(commands, tmp_path):
-    timed = variant(budget=plan.Budget(minutes=10))
-    for _ in range(2):
-        rows = train_all(tmp_path, timed, seeds=(1, 2)).rows()
-    assert [(row.seed, row.iterations) for row in rows] == [(1, 1200), (2, 1200)]
-    assert len(commands) == 5  # of which three for the time
-    assert "| LSNet | 2 | 1,200 | 0.500 ± 0.000 | 10.0" in (tmp_path / "table.md").read_text()
-
-
 def test_what_was_trained_counts_under_another_name(commands, tmp_path):
     """A recipe may become a point of a grid, and a point of a grid the recipe."""
     plain = variant(opts={"SOLVER.BASE_LR": "0.04"}, budget=plan.Budget(iterations=100))
@@ -116,40 +55,6 @@ def test_what_was_trained_counts_under_another_name(commands, tmp_path):
     rows = train_all(tmp_path, plain, seeds=(1, 2)).rows()
     assert [(row.point, row.seed) for row in rows] == [({}, 1), ({}, 2)]
     assert len(commands) == 3
-
-
-def test_a_slow_minute_does_not_shorten_a_training(commands, tmp_path, monkeypatch):
-    seconds = iter([0.5, 5.0, 0.4])
-    monkeypatch.setattr(runs, "step_seconds", lambda _metrics: next(seconds, 0.5))
-    rows = train_all(tmp_path, variant(budget=plan.Budget(minutes=10))).rows()
-    assert [row.iterations for row in rows] == [1200]
-    (report,) = tmp_path.glob("*/timings/*.json")
-    assert json.loads(report.read_text())["rounds"] == [0.5, 5.0, 0.4]
-
-
-def test_a_table_alone_trains_nothing(commands, tmp_path):
-    """Nor does it time what has not been timed."""
-    timed = variant(budget=plan.Budget(minutes=10))
-    other = variant(
-        "another", budget=plan.Budget(like="LSNet"), opts={"MODEL.LSNET.NUM_CONVS": "2"}
-    )
-    train_all(tmp_path, timed)
-    trained = len(commands)
-    options = {"opts": ["MODEL.DEVICE", "cpu"], "timing_iterations": None}
-    trainings = runs.Trainings(tmp_path, VERSION, **options)
-    comparison = compare.Comparison(trainings, (timed, other), (1,))
-    trainings.prepare((timed, other))
-    assert [row.name for row in comparison.rows()] == ["LSNet"]
-    assert len(commands) == trained
-
-
-def test_configs_that_keep_the_best_checkpoint(commands, tmp_path):
-    """They want evaluations, which the short run has none of; and all are trained as long."""
-    best = {"TEST.BEST_METRIC": "bbox/AP", "TEST.EVAL_PERIOD": "100", "TEST.PATIENCE": "2"}
-    rows = train_all(tmp_path, variant(opts=best, budget=plan.Budget(minutes=10))).rows()
-    assert [row.iterations for row in rows] == [1200]
-    for command in commands:
-        assert (command["TEST.BEST_METRIC"], command["TEST.PATIENCE"]) == ("", "0")
 
 
 def test_the_best_of_a_grid_is_trained_with_all_seeds(commands, tmp_path):
@@ -210,47 +115,12 @@ def test_failures_do_not_stop_the_others(commands, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*/*/*/row.json"))
 
 
-def test_a_training_that_starts_while_all_are_stopped_is_ended(commands, tmp_path, monkeypatch):
-    ended = threading.Event()
-
-    class Starting(FakeTraining):
-        def __init__(self, command, **kwargs):
-            super().__init__(command, **kwargs)
-            stop = threading.Thread(target=trainings.stop)
-            stop.start()
-            stop.join(0.3)  # it would be over if it did not wait for this one
-
-        def wait(self):
-            return -15 if ended.wait(5) else 0
-
-        def terminate(self):
-            ended.set()
-
-    monkeypatch.setattr(subprocess, "Popen", Starting)
-    trainings = runs.Trainings(tmp_path, VERSION, opts=["MODEL.DEVICE", "cpu"])
-    ours = variant(budget=plan.Budget(iterations=10))
-    trainings.prepare((ours,))
-    with pytest.raises(UserError, match="LSNet, seed 1: it failed"):
-        trainings.train(ours, {}, 1)
-    with pytest.raises(UserError, match="bbox: LSNet: stopped before it began"):
-        trainings.train(ours, {}, 2)
-    assert len(commands) == 1
-
-
 def test_a_group_with_a_slash(commands, tmp_path):
     ours = variant(group="masks/small", name="a/b", budget=plan.Budget(iterations=10))
     (row,) = train_all(tmp_path, ours).rows()
     assert row.folder.split("/")[1].startswith("masks_small_a_b-")
     assert curves.draw_curves([row], tmp_path) == [tmp_path / "curves_masks_small.png"]
     assert (tmp_path / "curves_masks_small.png").stat().st_size > 1000
-
-
-def test_configs_are_checked_before_anything_is_trained(commands, tmp_path):
-    with pytest.raises(ConfigError, match="bbox: LSNet: .*SOLVER.BASE_LRR"):
-        train_all(tmp_path, variant(), variant(opts={"SOLVER.BASE_LRR": "1"}))
-    with pytest.raises(ConfigError, match="a table has the figures of one data set"):
-        train_all(tmp_path, variant(opts={"DATASETS.TEST": "('shapes_val', 'shapes_train')"}))
-    assert not commands
 
 
 def test_what_is_not_in_the_plan(tmp_path):

@@ -1,12 +1,12 @@
 import json
 
-from recipes_project import plan, report, runs, versions
+from recipes_project import plan, report, rows, versions
 
 VERSION = versions.Version(code="c0de", torch="2", detectron2="0.6", device="chip", commit="abc+")
 
 
 def row(seed=1, ap=40.0, *, name="LSNet", point=(), **kwargs):
-    figures = {f"segm/{figure}": 50.0 for figure in runs.FIGURES}
+    figures = {f"segm/{figure}": 50.0 for figure in rows.FIGURES}
     scores = {**figures, "segm/AP": ap, "segm/APl": None}
     values = {
         **{"group": "masks", "name": name, "point": dict(point), "seed": seed, "diverged": False},
@@ -14,7 +14,7 @@ def row(seed=1, ap=40.0, *, name="LSNet", point=(), **kwargs):
         **{"scores": scores, "version": {**vars(VERSION), "key": VERSION.key}, "folder": "f"},
         "parameters": 2_345_678,
     }
-    return runs.Row(**{**values, **kwargs})
+    return rows.Row(**{**values, **kwargs})
 
 
 def diverged(seed):
