@@ -8,11 +8,21 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.data import DatasetMapper, MetadataCatalog
 from detectron2.data import transforms as T
-from detectron2.structures import BoxMode
 from hypothesis import given
 from hypothesis import strategies as st
-from parity import Recorded
-from PIL import Image
+from mapping import (
+    DIAMOND,
+    HEIGHT,
+    OTHERS,
+    SIDES,
+    WIDTH,
+    annotation,
+    boxes_of,
+    mapper,
+    points_of,
+    record,
+    rle,
+)
 from pycocotools import mask as mask_util
 
 from lsnet_d2 import add_lsnet_config
@@ -22,65 +32,11 @@ from lsnet_d2.data.images import ImageError
 from lsnet_d2.data.polygons import polygons_to_rle
 from lsnet_d2.errors import ConfigError
 
-HEIGHT, WIDTH = 60, 100
-DIAMOND = [30, 10, 20, 25, 45, 50, 60, 35]  # top, left, bottom, right
-SIDES = [[30, 10], [20, 25], [45, 50], [60, 35]]
-
 
 @pytest.fixture(autouse=True)
 def _logs_reach_caplog(monkeypatch):
     # Detectron2's setup_logger, which other tests call, cuts the connection
     monkeypatch.setattr(logging.getLogger("lsnet_d2"), "propagate", True)
-
-
-@pytest.fixture(scope="module")
-def image(tmp_path_factory):
-    path = tmp_path_factory.mktemp("images") / "image.png"
-    pixels = np.arange(HEIGHT * WIDTH * 3) % 251
-    Image.fromarray(pixels.reshape(HEIGHT, WIDTH, 3).astype(np.uint8)).save(path)
-    return str(path)
-
-
-def annotation(bbox=(20, 10, 40, 40), segmentation=(DIAMOND,), **more):
-    result = {
-        "id": 7,
-        "bbox": list(map(float, bbox)),
-        "bbox_mode": BoxMode.XYWH_ABS,
-        "category_id": 2,
-        **more,
-    }
-    if segmentation is not None:
-        result["segmentation"] = (
-            segmentation if isinstance(segmentation, dict) else [list(p) for p in segmentation]
-        )
-    return result
-
-
-def record(image, *annotations):
-    return {
-        "file_name": image,
-        "height": HEIGHT,
-        "width": WIDTH,
-        "image_id": 3,
-        "annotations": list(annotations),
-    }
-
-
-def mapper(*augmentations, **options):
-    options = {"image_format": "BGR", **options}
-    return LSNetDatasetMapper(True, augmentations=list(augmentations), **options)
-
-
-def points_of(output):
-    return output["instances"].gt_extreme_points.tolist()
-
-
-def boxes_of(output):
-    return output["instances"].gt_boxes.tensor.tolist()
-
-
-def rle(mask):
-    return mask_util.encode(np.asfortranarray(mask.astype(np.uint8)))
 
 
 def uncompressed(mask):
@@ -296,130 +252,6 @@ def test_masks_and_keypoints(image):
     assert not instances.gt_keypoints.tensor[1:].any()
 
 
-@pytest.mark.parametrize(
-    ("flip", "places"),
-    [
-        (T.RandomFlip(prob=1.0, horizontal=True), [[59.5, 20.5], [69.5, 10.5]]),
-        (T.RandomFlip(prob=1.0, horizontal=False, vertical=True), [[40.5, 39.5], [30.5, 49.5]]),
-    ],
-)
-def test_left_and_right_change_places_in_flips_of_either_kind(image, flip, places):
-    pose = mapper(flip, use_keypoint=True, keypoint_hflip_indices=np.array([1, 0, 2]))
-    keypoints = [30.5, 10.5, 2, 40.5, 20.5, 1, 0.5, 0.5, 0]
-    instances = pose(record(image, annotation(keypoints=keypoints)))["instances"]
-    found = instances.gt_keypoints.tensor[0]
-    assert found[:2, :2].tolist() == places
-    assert found[:, 2].tolist() == [1, 2, 0]
-
-
-@pytest.mark.parametrize(
-    ("transform", "expected"),
-    [
-        (T.CropTransform(40, 0, 30, 60), [[0, 0, 0], [5.5, 20.5, 1], [0, 0, 0]]),
-        (T.Resize((120, 200)), [[61, 21, 2], [91, 41, 1], [191, 11, 2]]),
-    ],
-    ids=["crop", "resize"],
-)
-def test_keypoints_in_a_view_of_another_size(image, transform, expected):
-    pose = mapper(transform, use_keypoint=True, keypoint_hflip_indices=np.arange(3))
-    keypoints = [30.5, 10.5, 2, 45.5, 20.5, 1, 95.5, 5.5, 2]
-    instances = pose(record(image, annotation(keypoints=keypoints)))["instances"]
-    np.testing.assert_allclose(instances.gt_keypoints.tensor[0], expected)
-
-
-@pytest.mark.parametrize("case", ["r0", "r1", "r2", "r3"])
-def test_sizes_and_places_are_those_of_the_released_code(case, tmp_path):
-    """But for keypoints that leave the image, which it moves to the border."""
-    arrays = Recorded("comp_resize.npz").under(case)
-    recorded = {name: arrays[name].numpy() for name in arrays}
-    height, width = recorded["in_hw"].tolist()
-    longest, shortest = recorded["img_scale"].tolist()
-    Image.new("RGB", (width, height)).save(tmp_path / "a.png")
-    annotations = [
-        annotation(
-            box,
-            segmentation=None,
-            bbox_mode=BoxMode.XYXY_ABS,
-            keypoints=pose.tolist(),
-            extreme_points=points.tolist(),
-        )
-        for box, pose, points in zip(
-            recorded["boxes"], recorded["keypoints"], recorded["extremes"], strict=True
-        )
-    ]
-    resize = mapper(
-        T.ResizeShortestEdge(shortest, longest),
-        use_keypoint=True,
-        keypoint_hflip_indices=np.arange(17),
-        extreme_points="annotation",
-    )
-    output = resize(
-        {
-            **record(str(tmp_path / "a.png"), *annotations),
-            **{"height": height, "width": width},
-        }
-    )
-    assert list(output["image"].shape[1:]) == recorded["out_hw"].tolist()
-    instances = output["instances"]
-    np.testing.assert_allclose(instances.gt_boxes.tensor, recorded["out_boxes"], atol=1e-3)
-    points = recorded["out_extremes"][:, :8].reshape(-1, 4, 2)
-    np.testing.assert_allclose(instances.gt_extreme_points, points, atol=1e-3)
-    expected = recorded["out_keypoints"].reshape(-1, 17, 3)
-    found = instances.gt_keypoints.tensor.numpy()
-    seen = found[..., 2] > 0
-    assert seen.sum() > 0.9 * (expected[..., 2] > 0).sum()
-    np.testing.assert_allclose(found[seen], expected[seen], atol=1e-3)
-
-
-def test_keypoints_of_another_skeleton(image):
-    pose = mapper(use_keypoint=True, keypoint_hflip_indices=np.array([0, 1, 2]))
-    with pytest.raises(AnnotationError, match="annotation 7 of image .*image.png: 6 numbers"):
-        pose(record(image, annotation(keypoints=[1, 2, 2, 3, 4, 2])))
-
-
-OTHERS = [[32, 10], [20, 27], [44, 50], [60, 33]]
-FORMS = [OTHERS, [v for p in OTHERS for v in p], [*(v for p in OTHERS for v in p), 40, 30]]
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_annotated_points_are_read_when_told_to(image, form):
-    source = record(image, annotation(extreme_points=form))
-    assert points_of(mapper(extreme_points="annotation")(source)) == [OTHERS]
-    assert points_of(mapper()(source)) == [SIDES]
-    flipped = mapper(T.RandomFlip(prob=1.0), extreme_points="annotation")(source)
-    assert points_of(flipped) == [[[68, 10], [40, 33], [56, 50], [80, 27]]]
-
-
-@pytest.mark.parametrize("source", ["segmentation", "annotation"])
-def test_annotated_points_serve_objects_without_segmentation(image, source):
-    boxed = annotation(segmentation=None, extreme_points=OTHERS)
-    read = record(image, boxed)
-    assert points_of(mapper(extreme_points=source)(read)) == [OTHERS]
-    cropped = mapper(T.CropTransform(40, 0, 30, HEIGHT), extreme_points=source)(read)
-    assert boxes_of(cropped) == [[0, 10, 20, 50]]
-    assert points_of(cropped) == [[[0, 10], [0, 27], [4, 50], [20, 33]]]
-
-
-@pytest.mark.parametrize(
-    "transform",
-    [T.CropTransform(40, 0, 30, HEIGHT), T.RotationTransform(HEIGHT, WIDTH, 30, expand=False)],
-)
-def test_annotated_points_give_way_to_the_segmentation_when_cut_or_rotated(image, transform):
-    source = record(image, annotation(extreme_points=OTHERS))
-    annotated = mapper(transform, extreme_points="annotation")(source)
-    assert points_of(annotated) == points_of(mapper(transform)(source))
-
-
-def test_annotated_points_missing_or_malformed(image):
-    annotated = mapper(extreme_points="annotation")
-    with pytest.raises(AnnotationError, match="annotation 7 of image .*no 'extreme_points'"):
-        annotated(record(image, annotation()))
-    with pytest.raises(AnnotationError, match="annotation 7 of image .*four or five points"):
-        annotated(record(image, annotation(extreme_points=[1, 2, 3])))
-    boxed = annotated(record(image, annotation(segmentation=None)))
-    assert points_of(boxed)[0][0] == [40, 10]
-
-
 def test_malformed_mask_names_the_annotation(image):
     with pytest.raises(AnnotationError, match="annotation 7 of image .*image.png: an RLE of"):
         mapper()(record(image, annotation(segmentation={"size": [5, 5], "counts": [25]})))
@@ -474,19 +306,6 @@ def test_from_config(image):
     cfg.INPUT.EXTREME_POINTS = "polygons"
     with pytest.raises(ConfigError, match="INPUT.EXTREME_POINTS is 'polygons'"):
         LSNetDatasetMapper(cfg, True)
-
-
-def test_from_config_with_crop_and_keypoints(image):
-    cfg = get_cfg()
-    add_lsnet_config(cfg)
-    MetadataCatalog.get("mapper_pose").set(
-        keypoint_names=["nose", "left", "right"], keypoint_flip_map=[("left", "right")]
-    )
-    cfg.DATASETS.TRAIN = ("mapper_pose",)
-    cfg.MODEL.MASK_ON = cfg.MODEL.KEYPOINT_ON = cfg.INPUT.CROP.ENABLED = True
-    instances = LSNetDatasetMapper(cfg, True)(record(image, annotation()))["instances"]
-    assert instances.gt_keypoints.tensor.shape[1:] == (3, 3)
-    assert len(instances.gt_masks) == len(instances.gt_extreme_points) == len(instances)
 
 
 def pose_cfg(**lsnet):
