@@ -19,11 +19,14 @@ from .data.annotation_checks import ON_INVALID
 from .data.builtin import explain_unregistered, register_coco_files
 from .data.contours import CONTOUR_METHODS
 from .data.dataset_mapper import EXTREME_POINT_SOURCES
+from .data.train_loader import SAMPLERS
 from .description import described_config
 from .errors import ConfigError, did_you_mean
 from .modeling import LSNetDatasetMapperTTA, build_branches
 from .modeling.test_time_augmentation import check_merging
+from .solver import OPTIMIZERS
 from .tasks import branch_weights
+from .training_loop import PRECISIONS
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +38,7 @@ _OF_THE_RUN = ("MODEL.DEVICE", "OUTPUT_DIR", "SEED")
 
 # What keys with a choice may be: (key, values)
 CHOICES = (
+    ("DATALOADER.SAMPLER_TRAIN", SAMPLERS),
     ("DATASETS.INVALID_ANNOTATIONS", ON_INVALID),
     ("INPUT.EXTREME_POINTS", EXTREME_POINT_SOURCES),
     ("INPUT.CONTOUR_SAMPLING", CONTOUR_METHODS),
@@ -45,6 +49,8 @@ CHOICES = (
         "SOLVER.LR_SCHEDULER_NAME",
         ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR"),
     ),
+    ("SOLVER.AMP.PRECISION", PRECISIONS),
+    ("SOLVER.OPTIMIZER", OPTIMIZERS),
 )
 LSNET_CHOICES = (("MODEL.LSNET.TOWER_CONV", ("dcn", "conv")),)
 CLIP_CHOICES = (("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", ("full_model", "value", "norm")),)

@@ -24,6 +24,9 @@ CONTOUR_STYLES = ("filled", "outlined")
 TRUNK = (("nose",), ("left_shoulder", "right_shoulder"), ("left_hip", "right_hip"))
 TRUNK_COLOR = (1.0, 0.5, 0.0)
 
+# Predicted keypoints count above this score, as in Detectron2.
+KEYPOINT_THRESHOLD = 0.05
+
 # What an object covers: parts, each a polygon (n, 2); or a mask (H, W) of 0 and 1.
 Region = list[np.ndarray] | np.ndarray
 
@@ -44,7 +47,7 @@ class LandmarkPainter(Visualizer):
         font_size_scale: float = 1.0,
         *,
         contours: str = "filled",
-        keypoint_threshold: float = 0.05,
+        keypoint_threshold: float = KEYPOINT_THRESHOLD,
     ) -> None:
         """
         Args:
@@ -53,7 +56,7 @@ class LandmarkPainter(Visualizer):
             scale: size of the output relative to the input. None: small images are enlarged to
                 MIN_LONG_SIDE, others are kept.
             contours: one of CONTOUR_STYLES, for contours and masks.
-            keypoint_threshold: predicted keypoints are drawn above this score (Detectron2's 0.05).
+            keypoint_threshold: predicted keypoints are drawn above this score.
 
         Raises:
             ValueError: ``contours`` is no style.

@@ -13,7 +13,8 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from pycocotools.cocoeval import Params
 
-from .config_file import classes_key, num_classes
+from .config_file import classes_key, num_classes, num_keypoints
+from .data.annotation_checks import check_class_count
 from .errors import ConfigError, UserError
 from .exports import SCORE_KEYS, coco_results, landmark_columns, with_category_ids
 from .fast_coco import FastCOCOeval
@@ -62,11 +63,11 @@ def build_evaluator(
         max_dets: detections per image that count for AP of boxes and masks. None: COCO's 100.
 
     Raises:
-        ConfigError: the numbers of classes of the model and the data set differ, or those of
-            keypoints and their OKS sigmas.
+        AnnotationError: the numbers of classes of the model and the data set differ.
+        ConfigError: those of keypoints or of their OKS sigmas do.
         UserError: see :class:`LSNetEvaluator`.
     """
-    check_num_classes(cfg, dataset_name)
+    check_class_count([dataset_name], num_classes(cfg), classes_key(cfg))
     tasks = evaluation_tasks(cfg)
     source, sigmas = oks_sigmas(cfg, dataset_name)
     evaluator = LSNetEvaluator(
@@ -84,6 +85,11 @@ def build_evaluator(
             f"data set {dataset_name} has {evaluator.num_keypoints} keypoints, but there are "
             f"{len(sigmas)} OKS sigmas, {source}: set TEST.KEYPOINT_OKS_SIGMAS to "
             f"{evaluator.num_keypoints} values"
+        )
+    if needs_sigmas and evaluator.num_keypoints not in (0, num_keypoints(cfg)):
+        raise ConfigError(
+            f"data set {dataset_name} has {evaluator.num_keypoints} keypoints, but the model "
+            f"{num_keypoints(cfg)}"
         )
     return evaluator
 
@@ -105,24 +111,10 @@ def oks_sigmas(cfg: CfgNode, dataset_name: str) -> tuple[str, list[float]]:
     metadata = MetadataCatalog.get(dataset_name).get("keypoint_oks_sigmas")
     sources = {
         "those of TEST.KEYPOINT_OKS_SIGMAS": cfg.TEST.KEYPOINT_OKS_SIGMAS,
-        "those of its metadata keypoint_oks_sigmas": metadata or [],
+        "those of its metadata keypoint_oks_sigmas": [] if metadata is None else metadata,
         "COCO's defaults": COCO_OKS_SIGMAS,
     }
     return next((source, list(values)) for source, values in sources.items() if len(values))
-
-
-def check_num_classes(cfg: CfgNode, dataset_name: str) -> None:
-    """Compare the model's classes with the data set's, where these are known.
-
-    Raises:
-        ConfigError: they differ in number.
-    """
-    names = MetadataCatalog.get(dataset_name).get("thing_classes")
-    if names is not None and len(names) != num_classes(cfg):
-        raise ConfigError(
-            f"the model has {num_classes(cfg)} classes, but data set {dataset_name} has "
-            f"{len(names)}: set {classes_key(cfg)} {len(names)}"
-        )
 
 
 class LSNetEvaluator(COCOEvaluator):
@@ -154,7 +146,8 @@ class LSNetEvaluator(COCOEvaluator):
         if json_file is not None:
             check_coco_file(json_file)
         super().__init__(dataset_name, *args, **{**kwargs, "use_fast_impl": False})
-        self._sigmas = list(kwargs.get("kpt_oks_sigmas") or COCO_OKS_SIGMAS)
+        sigmas = kwargs.get("kpt_oks_sigmas", ())
+        self._sigmas = list(sigmas) if len(sigmas) else COCO_OKS_SIGMAS
         self.num_keypoints = 0  # of an object of the data set; 0: it has none
         if self._do_evaluation:
             complete_annotations(self._coco_api.dataset)

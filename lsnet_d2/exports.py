@@ -16,6 +16,7 @@ from .data.catalog import class_name
 from .data.images import ImageError, ImageLike, load_image
 from .data.keypoints import known_keypoint_names
 from .data.polygons import mask_to_polygons, polygons_to_rle, signed_area
+from .drawing import KEYPOINT_THRESHOLD
 from .errors import UserError
 from .visualizer import LSNetVisualizer
 
@@ -195,7 +196,7 @@ class Results(Instances):
         self,
         *,
         parts: Sequence[str] | None = None,
-        keypoint_threshold: float = 0.05,
+        keypoint_threshold: float = KEYPOINT_THRESHOLD,
         image_path: str | None = None,
     ) -> dict[str, Any]:
         """A file of labelme 5: boxes as rectangles, contours as polygons, keypoints as points.
@@ -204,7 +205,7 @@ class Results(Instances):
 
         Args:
             parts: which of :data:`PARTS`; None: those that there are.
-            keypoint_threshold: lowest score of a keypoint.
+            keypoint_threshold: keypoints are written above this score.
             image_path: where labelme finds the image, from the folder of the labelme file. None:
                 beside it, under the name of its file.
 
@@ -248,7 +249,10 @@ class Results(Instances):
         }
 
     def to_geojson(
-        self, *, parts: Sequence[str] | None = None, keypoint_threshold: float = 0.05
+        self,
+        *,
+        parts: Sequence[str] | None = None,
+        keypoint_threshold: float = KEYPOINT_THRESHOLD,
     ) -> dict[str, Any]:
         """A ``FeatureCollection`` with one feature for each part of an object: boxes and contours
         are Polygons (the regions of a mask a MultiPolygon, without holes), keypoints MultiPoints.
@@ -363,7 +367,7 @@ class Results(Instances):
                 values["keypoints"] = {
                     str(name): tuple(point)
                     for name, point in zip(names, points, strict=True)
-                    if point[2] >= keypoint_threshold
+                    if point[2] > keypoint_threshold
                 }
             yield _Detection(label=class_name(metadata, label), score=score, **values)
 

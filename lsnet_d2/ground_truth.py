@@ -2,72 +2,71 @@
 
 import contextlib
 import io
-import json
 import logging
-import os
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from pycocotools.coco import COCO
 
-from .data.annotation_checks import is_region, raise_problems, read_boxes
-from .data.polygons import check_form, check_rle
-from .errors import UserError
+from .data.annotation_checks import AnnotationError, is_region, raise_problems, read_boxes
+from .data.coco_json import entries_lacking_keys, read_json_object
+from .data.polygons import check_segmentation, read_polygons
 
 logger = logging.getLogger(__name__)
 
 
 def check_coco_file(path: str) -> None:
-    """
+    """Find what would stop an evaluation on a file.
+
     Raises:
-        UserError: there is no such file, or it is no COCO file with images and categories, or
-            an annotation lacks a key that nothing can stand in for, or annotations differ in how
-            many keypoints they have.
-        AnnotationError: boxes are not four finite numbers, or have a negative width or height.
-            (Boxes without an area, or outside of their images, are COCO's own, and never found.)
+        AnnotationError: the file cannot be read, or has no images or categories; an annotation
+            lacks a key that nothing can stand in for; boxes are not four finite numbers, or have a
+            negative width or height (boxes without an area, or outside of their images, are COCO's
+            own, and never found); a segmentation is of no known form, damaged or of another size
+            than its image; or annotations differ in how many keypoints they have.
     """
-    if not os.path.isfile(path):
-        raise UserError(f"no such annotation file: {path}")
-    with open(path, encoding="utf-8") as file:
-        try:
-            dataset = json.load(file)
-        except ValueError as error:
-            raise UserError(f"{path}: not complete JSON: {error}") from error
-    if not isinstance(dataset, dict):
-        raise UserError(f"{path}: not a COCO file, which is an object with 'images' and others")
+    dataset = read_json_object(path)
     for key in ("images", "categories"):
-        if not dataset.get(key):
-            raise UserError(f"{path}: {key!r} is missing or empty")
+        if not dataset.get(key) or not isinstance(dataset[key], list):
+            raise AnnotationError(f"{path}: {key!r} is missing or empty")
     annotations = dataset.get("annotations", [])
     if not isinstance(annotations, list) or not all(isinstance(a, dict) for a in annotations):
-        raise UserError(f"{path}: 'annotations' is not a list of objects")
+        raise AnnotationError(f"{path}: 'annotations' is not a list of objects")
+    raise_problems(path, list(entries_lacking_keys("annotations", annotations).values()))
+    sizes = {
+        image.get("id"): (image["height"], image["width"])
+        for image in dataset["images"]
+        if isinstance(image, dict) and {"height", "width"} <= image.keys()
+    }
+    problems = _box_problems(annotations)
     for index, annotation in enumerate(annotations):
-        missing = [
-            key for key in ("id", "image_id", "category_id", "bbox") if key not in annotation
-        ]
-        if missing:
-            name = annotation.get("id", f"number {index}")
-            raise UserError(f"{path}: annotation {name} has no {missing[0]!r}")
-    _check_boxes(path, annotations)
+        try:
+            check_segmentation(annotation.get("segmentation"), sizes.get(annotation["image_id"]))
+        except ValueError as error:
+            problems.setdefault(index, str(error))
+    raise_problems(path, [f"{_name(annotations[i])}: {problems[i]}" for i in sorted(problems)])
     with_keypoints = [a for a in annotations if a.get("keypoints")]
     for annotation in with_keypoints:
         here, there = len(annotation["keypoints"]), len(with_keypoints[0]["keypoints"])
         if here != there or here % 3:
-            raise UserError(
+            raise AnnotationError(
                 f"{path}: annotation {annotation['id']} has {here} numbers under 'keypoints', "
                 f"annotation {with_keypoints[0]['id']} has {there}; they must be alike, and three "
                 "for each keypoint"
             )
 
 
-def _check_boxes(path: str, annotations: list[dict]) -> None:
+def _name(annotation: dict) -> str:
+    return f"annotation {annotation['id']} of image {annotation['image_id']}"
+
+
+def _box_problems(annotations: list[dict]) -> dict[int, str]:
+    """By the positions of the annotations."""
     boxes, problems = read_boxes([annotation["bbox"] for annotation in annotations])
     for index in np.flatnonzero((boxes[:, 2:] < 0).any(axis=1)).tolist():
         problems[index] = f"its box {annotations[index]['bbox']} has a negative width or height"
-    raise_problems(
-        path, [f"annotation {annotations[i]['id']}: {problems[i]}" for i in sorted(problems)]
-    )
+    return problems
 
 
 def count_keypoints(annotations: list[dict]) -> int:
@@ -120,28 +119,16 @@ def box_ground_truth(coco: COCO) -> dict[str, Any]:
 
 def mask_ground_truth(coco: COCO) -> dict[str, Any]:
     """A copy for mask AP. Objects without a mask become regions to ignore: what is found there is
-    neither right nor wrong.
-
-    Raises:
-        UserError: a segmentation is of no known form, or its RLE is damaged or of another size
-            than its image.
-    """
+    neither right nor wrong. Segmentations are those that :func:`check_coco_file` passes."""
     annotations = []
     for annotation in coco.dataset["annotations"]:
         segmentation = annotation.get("segmentation")
-        image = coco.imgs.get(annotation["image_id"])
-        size = (image["height"], image["width"]) if image else None
-        try:
-            check_form(segmentation, size)
-            if isinstance(segmentation, dict) and size:
-                check_rle(segmentation, *size)
-        except ValueError as error:
-            raise UserError(
-                f"annotation {annotation['id']} of image {annotation['image_id']}: {error}"
-            ) from error
-        if isinstance(segmentation, list):
-            # four numbers would be taken for a box
-            segmentation = [part for part in segmentation if len(part) >= 6]
+        if isinstance(segmentation, dict):
+            segmentation = {**segmentation, "size": [int(side) for side in segmentation["size"]]}
+        elif segmentation:
+            # four numbers would be taken for a box; vertices may be pairs
+            polygons = read_polygons(segmentation)
+            segmentation = [part.reshape(-1).tolist() for part in polygons if len(part) >= 3]
         if segmentation:
             annotations.append({**annotation, "segmentation": segmentation})
             continue

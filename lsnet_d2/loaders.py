@@ -21,6 +21,7 @@ from .data.dataset_mapper import LSNetDatasetMapper
 from .data.train_loader import TrainingLoader, sampler_maker
 from .errors import ConfigError, UserError
 from .seeding import with_seed
+from .tasks import branch_weights
 from .validation_loss import ValidationLoader, validation_mapper
 from .weight_files import require_plain_pickle
 
@@ -120,8 +121,17 @@ def _check_objects(cfg: CfgNode, dicts: list[dict], names: str | Sequence[str]) 
         dataset_name=names,
         num_classes_key=classes_key(cfg),
         on_invalid=cfg.DATASETS.INVALID_ANNOTATIONS,
-        need_extreme_points=cfg.INPUT.EXTREME_POINTS == "annotation",
+        need_extreme_points=_reads_extreme_points(cfg),
         num_keypoints=num_keypoints(cfg),
+    )
+
+
+def _reads_extreme_points(cfg: CfgNode) -> bool:
+    """Whether objects with a mask must have extreme points in their annotations."""
+    return (
+        cfg.INPUT.EXTREME_POINTS == "annotation"
+        and cfg.MODEL.META_ARCHITECTURE == "LSNet"
+        and "extreme" in branch_weights(cfg)
     )
 
 

@@ -68,7 +68,7 @@ class LSNetPredictor:
                 OpenCV and Detectron2's ``DefaultPredictor`` have BGR.
             score_thresh: lowest score of a detection; None: that of the config.
             batch_size: images of a list that are run at once, as far as they follow one another
-                and have one size after resizing.
+                and have one size after resizing. Test-time augmentation goes image by image.
 
         Raises:
             ConfigError: see :func:`lsnet_d2.config_file.load_config`.

@@ -12,6 +12,7 @@ from torch.optim import SGD, AdamW, Optimizer
 logger = logging.getLogger(__name__)
 
 WHOLE_GRADIENT = "full_model"
+OPTIMIZERS = ("SGD", "AdamW")
 # Keys that count iterations; 0 stands for never in the last.
 _ITERATIONS = (
     "SOLVER.MAX_ITER",
@@ -97,14 +98,14 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
         ValueError: the optimizer is unknown; the message names the key.
     """
     solver = cfg.SOLVER
+    if solver.OPTIMIZER not in OPTIMIZERS:
+        raise ValueError(
+            f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}; it must be one of {', '.join(OPTIMIZERS)}"
+        )
     optimizers = {
         "SGD": partial(SGD, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV),
         "AdamW": partial(AdamW, fused=True),
     }
-    if solver.OPTIMIZER not in optimizers:
-        raise ValueError(
-            f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}; it must be one of {', '.join(optimizers)}"
-        )
     groups = get_default_optimizer_params(
         model,
         base_lr=solver.BASE_LR,

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from .errors import ConfigError, NonFiniteLossError
 
 _PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+PRECISIONS = ("auto", *_PRECISIONS)  # of SOLVER.AMP.PRECISION
 
 
 def amp_dtype(cfg: CfgNode) -> torch.dtype | None:
@@ -33,7 +34,7 @@ def amp_dtype(cfg: CfgNode) -> torch.dtype | None:
         return torch.float16 if on_cuda else torch.bfloat16
     if name not in _PRECISIONS:
         raise ConfigError(
-            f"SOLVER.AMP.PRECISION is {name!r}; it must be one of auto, {', '.join(_PRECISIONS)}"
+            f"SOLVER.AMP.PRECISION is {name!r}; it must be one of {', '.join(PRECISIONS)}"
         )
     return _PRECISIONS[name]
 

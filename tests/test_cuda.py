@@ -201,6 +201,13 @@ def test_detections(name):
     torch.testing.assert_close(ours.scores, theirs.scores, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["bbox", "joint"])
+def test_nothing_is_detected(name):
+    model = tiny_model(SCORE_THRESH_TEST=0.999, **MODELS[name]).eval().to("cuda")
+    with torch.no_grad():
+        assert [len(output["instances"]) for output in model(BATCH)] == [0] * len(BATCH)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 @pytest.mark.parametrize("lsnet", MODELS.values(), ids=MODELS)
 def test_mixed_precision(lsnet, dtype):

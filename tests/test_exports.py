@@ -210,6 +210,17 @@ def test_parts(form):
     )
 
 
+def test_keypoints_of_classes_without_any_are_not_written():
+    """Their score is 0; pictures leave them out too."""
+    instances = make_instances("pred_keypoints")
+    instances.pred_keypoints[..., 2] = 0
+    results = Results(instances, file_name="a.png")
+    features = results.to_geojson(parts=["keypoints"], keypoint_threshold=0.0)["features"]
+    assert all(not feature["geometry"]["coordinates"] for feature in features)
+    labelme = results.to_labelme(parts=["keypoints"], keypoint_threshold=0.0)
+    assert labelme["shapes"] == []
+
+
 def test_nothing_was_found(metadata):
     results = Results(make_instances(*ALL)[:0], metadata=metadata, file_name="a.png")
     assert results.to_coco(image_id=4) == []

@@ -78,6 +78,16 @@ def test_masks_are_kept():
         assert copied["segmentation"] == segmentation and copied["iscrowd"] == 0
 
 
+def test_other_ways_to_write_a_mask():
+    """Pairs for vertices, and sizes that JSON has as floats."""
+    pairs = [[[2, 3], [12, 3], [12, 9], [2, 9]]]
+    rle = {**mask_util.frPyObjects(OUTLINE, 20, 30)[0], "size": [20.0, 30.0]}
+    data = dataset(annotation(1, segmentation=pairs), annotation(2, segmentation=rle))
+    first, second = mask_ground_truth(coco_index(data))["annotations"]
+    assert first["segmentation"] == OUTLINE and not first.get("iscrowd")
+    assert list(map(type, second["segmentation"]["size"])) == [int, int]
+
+
 @pytest.mark.parametrize(
     "segmentation, message",
     [
@@ -85,12 +95,17 @@ def test_masks_are_kept():
         ({"size": [20, 30], "counts": "1"}, "sum up to 1, not 600"),
         ([2.0, 3, 12, 3, 12, 9], "a flat list of numbers"),
         ("outline", "type str"),
+        ([[2, 3, None, 3, 12, 9]], "no finite number"),
+        ([[2, 3, "12", {}, 12, 9]], "no list of numbers"),
     ],
 )
-def test_unusable_masks(segmentation, message):
-    data = dataset(annotation(8, segmentation=segmentation))
-    with pytest.raises(UserError, match=f"annotation 8 of image 1: .*{message}"):
-        mask_ground_truth(coco_index(data))
+def test_unusable_masks(tmp_path, segmentation, message):
+    path = tmp_path / "val.json"
+    path.write_text(json.dumps(dataset(annotation(4), annotation(8, segmentation=segmentation))))
+    with pytest.raises(
+        UserError, match=f"val.json: a problem:\n  annotation 8 of image 1: .*{message}"
+    ):
+        check_coco_file(str(path))
 
 
 @pytest.mark.parametrize(
@@ -106,7 +121,7 @@ def test_unusable_boxes(tmp_path, box, message):
     path = tmp_path / "val.json"
     path.write_text(json.dumps(dataset(annotation(4), annotation(8, bbox=box))))
     with pytest.raises(
-        UserError, match=f"val.json: a problem:\n  annotation 8: its box .*{message}"
+        UserError, match=f"val.json: a problem:\n  annotation 8 of image 1: its box .*{message}"
     ):
         check_coco_file(str(path))
 

@@ -86,6 +86,18 @@ def test_classes_of_tests_are_those_of_training(tmp_path, caplog):
         check_test_data(cfg, "pets_exchanged")
 
 
+@pytest.mark.parametrize("task, read", [("segm", False), ("bbox", True)])
+def test_extreme_points_are_asked_for_where_they_are_read(tmp_path, task, read):
+    with tiny_coco.registered(tmp_path, "LSNet"):
+        opts = ("INPUT.EXTREME_POINTS", "annotation", "MODEL.LSNET.TASK", task)
+        cfg = registered_cfg(tmp_path, *opts)
+        if read:
+            with pytest.raises(AnnotationError, match="it has no extreme_points"):
+                load_training_data(cfg)
+        else:
+            assert len(load_training_data(cfg)) == tiny_coco.SPLITS["train"]
+
+
 def test_keypoints_need_names(coco):
     cfg = registered_cfg(coco, "MODEL.KEYPOINT_ON", "True")
     with pytest.raises(ConfigError, match="KEYPOINT_ON is True, but the metadata of tiny_train"):

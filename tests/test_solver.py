@@ -141,7 +141,10 @@ def test_the_factor_of_biases_comes_on_top():
 
 
 def test_unknown_optimizer_is_named(tmp_path):
-    cfg = tiny_coco.load_tiny_config(tmp_path, "SOLVER.OPTIMIZER", "LAMB")
+    with pytest.raises(ConfigError, match=r"SOLVER.OPTIMIZER is 'LAMB'.*SGD, AdamW"):
+        tiny_coco.load_tiny_config(tmp_path, "SOLVER.OPTIMIZER", "LAMB")
+    cfg = tiny_coco.load_tiny_config(tmp_path)
+    cfg.SOLVER.OPTIMIZER = "LAMB"  # by the API
     with pytest.raises(ConfigError, match=r"SOLVER.OPTIMIZER is 'LAMB'.*SGD, AdamW"):
         LSNetTrainer.build_optimizer(cfg, Model())
 

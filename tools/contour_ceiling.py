@@ -12,7 +12,7 @@ from pycocotools.coco import COCO
 from tabulate import tabulate
 from tqdm import tqdm
 
-from lsnet_d2.data.annotation_checks import raise_problems, read_boxes
+from lsnet_d2.data.annotation_checks import is_region, raise_problems, read_boxes
 from lsnet_d2.data.coco_json import read_coco_json
 from lsnet_d2.data.contours import CONTOUR_METHODS, MAX_POINTS, MIN_POINTS, resample_contour
 from lsnet_d2.data.polygons import bounding_box, segmentation_to_outlines
@@ -85,7 +85,7 @@ def read_objects(json_file: str) -> tuple[COCO, list[Object]]:
             rle = to_rle(parts, *size)
         annotation = {"area": float(mask_util.area(rle)), **annotation, "segmentation": rle}
         kept.append(annotation)
-        if not annotation.get("iscrowd"):
+        if not is_region(annotation):
             objects.append(Object(annotation=annotation, parts=parts, holes=holes, rle=rle))
     raise_problems(json_file, problems)
 

@@ -22,13 +22,14 @@ from tqdm import tqdm
 from lsnet_d2 import LSNetPredictor
 from lsnet_d2.config_file import CONFIG_HELP, load_config
 from lsnet_d2.data.images import IMAGE_SUFFIXES, ImageError, ImageLike, encode_image
-from lsnet_d2.drawing import CONTOUR_STYLES
+from lsnet_d2.drawing import CONTOUR_STYLES, KEYPOINT_THRESHOLD
 from lsnet_d2.errors import UserError, exit_on_user_error
 from lsnet_d2.files import atomic_write, make_folder
 from lsnet_d2.tracking import Tracker
 
 WRITTEN_SUFFIXES = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
 WINDOW = "LSNet"
+_HIGHEST_RATE = 240  # frames a second that are believed
 
 logger = logging.getLogger("lsnet_d2.demo")
 
@@ -52,7 +53,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--keypoint-threshold",
         type=float,
-        default=0.05,
+        default=KEYPOINT_THRESHOLD,
         help="keypoints are drawn above this score of their own",
     )
     parser.add_argument(
@@ -204,7 +205,8 @@ def run_on_video(detector: Detector, source: str | int, output: str | None) -> N
         make_folder(target.parent)
         # the container is chosen by the suffix
         partial = target.with_name(f".partial-{target.name}")
-    count = 0
+    count, stopped = 0, False
+    said = capture.get(cv2.CAP_PROP_FRAME_COUNT)  # of a camera none
     tracker = Tracker()
     try:
         for frame in tqdm(frames(capture), unit="frame", disable=None):
@@ -212,12 +214,16 @@ def run_on_video(detector: Detector, source: str | int, output: str | None) -> N
             count += 1
             if target is None:
                 if not show(picture, wait=False):
+                    stopped = True
                     break
                 continue
             if writer is None:
-                writer = open_video(partial, picture.shape[:2], capture.get(cv2.CAP_PROP_FPS))
+                writer = open_video(partial, picture.shape[:2], frame_rate(capture, source))
             writer.write(np.ascontiguousarray(picture[:, :, ::-1]))
+        if count == 0:
+            raise UserError(f"there is no readable frame in {source}")
     except KeyboardInterrupt:
+        stopped = True
         logger.info("Stopped by the user")
     finally:
         capture.release()
@@ -225,19 +231,46 @@ def run_on_video(detector: Detector, source: str | int, output: str | None) -> N
             writer.release()
         if partial is not None and sys.exc_info()[0] is not None:
             partial.unlink(missing_ok=True)
-    if count == 0:
-        raise UserError(f"there is no readable frame in {source}")
-    if target is not None:
-        os.replace(partial, target)
+    if not stopped and count < 0.95 * said:  # some files' numbers are estimates
+        logger.warning("%s has %d frames, but only %d could be read", source, said, count)
+    if writer is not None:
+        keep_video(partial, target, count)
         logger.info("%d frames written to %s", count, target)
+
+
+def frame_rate(capture: cv2.VideoCapture, source: str | int) -> float:
+    """Frames a second. Some streams give the ticks of their clock, 90,000, or nothing."""
+    rate = capture.get(cv2.CAP_PROP_FPS)
+    if 1 <= rate <= _HIGHEST_RATE:
+        return rate
+    logger.warning("%s has %g frames a second by its own account; 25 are taken", source, rate)
+    return 25.0
+
+
+def keep_video(partial: Path, target: Path, count: int) -> None:
+    """Give a video that was written its name.
+
+    Raises:
+        UserError: it is not complete, which OpenCV does not notice: a disk may be full. The file
+            that had the name is still there.
+    """
+    written = cv2.VideoCapture(str(partial))
+    frames_there = 0
+    while written.grab():
+        frames_there += 1
+    written.release()
+    if frames_there < count:
+        partial.unlink()
+        raise UserError(
+            f"only {frames_there} of {count} frames could be written to {target}; is the disk full?"
+        )
+    os.replace(partial, target)
 
 
 def open_video(path: Path, size: tuple[int, int], fps: float) -> cv2.VideoWriter:
     height, width = size
     codec = "mp4v" if path.suffix.lower() == ".mp4" else "XVID"
-    writer = cv2.VideoWriter(
-        str(path), cv2.VideoWriter_fourcc(*codec), fps if fps > 0 else 25.0, (width, height)
-    )
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*codec), fps, (width, height))
     if not writer.isOpened():
         raise UserError(f"OpenCV cannot write the video {path}")
     return writer

@@ -13,6 +13,7 @@ import os
 from detectron2.config import CfgNode
 
 from lsnet_d2.config_file import CONFIG_HELP, classes_key, load_config, merge_config
+from lsnet_d2.data.annotation_checks import is_region
 from lsnet_d2.data.coco_json import read_coco_json
 from lsnet_d2.engine import LSNetTrainer
 from lsnet_d2.errors import UserError, exit_on_user_error
@@ -47,7 +48,7 @@ def first_images(data: dict, count: int, keypoints: bool = False) -> dict:
     wanted = {
         annotation["image_id"]
         for annotation in data["annotations"]
-        if not annotation.get("iscrowd")
+        if not is_region(annotation)
         and (not keypoints or any(v > 0 for v in (annotation.get("keypoints") or ())[2::3]))
     }
     images = [image for image in data["images"] if image["id"] in wanted][:count]

@@ -26,7 +26,7 @@ from lsnet_d2.data.annotation_checks import read_boxes
 from lsnet_d2.data.catalog import reporting_data_errors
 from lsnet_d2.data.images import encode_image, read_image
 from lsnet_d2.data.polygons import decode_rle
-from lsnet_d2.drawing import CONTOUR_STYLES
+from lsnet_d2.drawing import CONTOUR_STYLES, KEYPOINT_THRESHOLD
 from lsnet_d2.errors import UserError, did_you_mean, exit_on_user_error
 from lsnet_d2.files import atomic_write, make_folder
 from lsnet_d2.loaders import build_mapper
@@ -57,7 +57,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--keypoint-threshold",
         type=float,
-        default=0.05,
+        default=KEYPOINT_THRESHOLD,
         help="predicted keypoints are drawn above this score of their own",
     )
     parser.add_argument(

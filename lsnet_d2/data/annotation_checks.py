@@ -66,7 +66,7 @@ def check_dataset_dicts(
     if on_invalid not in ON_INVALID:
         raise ValueError(f"on_invalid must be 'error' or 'drop', not {on_invalid!r}")
     names = [dataset_name] if isinstance(dataset_name, str) else list(dataset_name)
-    _check_class_count(names, num_classes, num_classes_key)
+    check_class_count(names, num_classes, num_classes_key)
     where = name_datasets(names)
     raise_problems(where, missing_images(dataset_dicts))
 
@@ -199,7 +199,15 @@ def _json_file(name: str) -> str | None:
     return MetadataCatalog.get(name).get("json_file") if name in MetadataCatalog.list() else None
 
 
-def _check_class_count(names: Sequence[str], num_classes: int, key: str) -> None:
+def check_class_count(names: Sequence[str], num_classes: int, key: str) -> None:
+    """Compare a model's classes with those of data sets, where these are known.
+
+    Args:
+        key: of the config, which has the model's number.
+
+    Raises:
+        AnnotationError: they differ in number.
+    """
     for name in names:
         classes = (
             MetadataCatalog.get(name).get("thing_classes")
@@ -210,7 +218,7 @@ def _check_class_count(names: Sequence[str], num_classes: int, key: str) -> None
             shown = ", ".join(classes[:MAX_LISTED]) + (", ..." if len(classes) > MAX_LISTED else "")
             raise AnnotationError(
                 f"{name_datasets([name])} has {len(classes)} classes ({shown}), but {key} is "
-                f"{num_classes}"
+                f"{num_classes}: set it to {len(classes)}"
             )
 
 

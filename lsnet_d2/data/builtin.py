@@ -3,6 +3,7 @@
 Nothing is read or made at import: that happens when ``DatasetCatalog.get`` asks for a data set.
 """
 
+import itertools
 import logging
 import os
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ from .shapes_objects import (
 
 logger = logging.getLogger(__name__)
 
+# How annotation files begin, and what stands between the folder and the split in names.
+_KINDS = (("instances_", "_"), ("person_keypoints_", "_keypoints_"))
 _LAYOUT = "{name}/annotations/instances_{split}.json with images in {name}/{split}/"
 
 
@@ -48,7 +51,7 @@ def register_folders(root: str | os.PathLike | None = None) -> list[str]:
     """
     names = []
     for json_file in sorted(Path(_data_folder(root)).glob("*/annotations/*.json")):
-        for prefix, kind in (("instances_", "_"), ("person_keypoints_", "_keypoints_")):
+        for prefix, kind in _KINDS:
             if not json_file.stem.startswith(prefix):
                 continue
             folder, split = json_file.parents[1], json_file.stem.removeprefix(prefix)
@@ -106,11 +109,12 @@ def explain_unregistered(name: str, root: str | os.PathLike | None = None) -> st
     """Why :func:`register_folders` did not register a name: what is missing, and where."""
     root = Path(_data_folder(root))
     folders = sorted(path for path in root.glob("*") if path.is_dir())
-    for folder in folders:
-        split = name.removeprefix(f"{folder.name}_")
+    # "birds_keypoints_val" is more likely the keypoints of "val" than a split "keypoints_val"
+    for folder, (prefix, kind) in itertools.product(folders, reversed(_KINDS)):
+        split = name.removeprefix(f"{folder.name}{kind}")
         if split == name:
             continue
-        json_file = folder / "annotations" / f"instances_{split}.json"
+        json_file = folder / "annotations" / f"{prefix}{split}.json"
         if not json_file.is_file():
             return f"there is no annotation file {json_file}"
         if not (folder / split).is_dir() and not (folder / "images").is_dir():

@@ -61,7 +61,20 @@ def read_coco_lists(json_file: str | os.PathLike) -> dict[str, Any]:
     """The content of a file with COCO's three lists, whatever their entries are.
 
     Raises:
-        AnnotationError: there is no such file, it is no complete JSON, or a list is missing.
+        AnnotationError: see :func:`read_json_object`; or a list is missing.
+    """
+    data = read_json_object(json_file)
+    for key in _NEEDED:
+        if not isinstance(data.get(key), list):
+            raise AnnotationError(f"{json_file}: not in COCO's format: no list {key!r}")
+    return data
+
+
+def read_json_object(json_file: str | os.PathLike) -> dict[str, Any]:
+    """The content of a file of annotations, whatever its keys are.
+
+    Raises:
+        AnnotationError: there is no such file, or it is no complete JSON, or no object.
     """
     json_file = os.fspath(json_file)
     try:
@@ -77,9 +90,6 @@ def read_coco_lists(json_file: str | os.PathLike) -> dict[str, Any]:
         raise AnnotationError(f"{json_file}: lists within lists without end") from error
     if not isinstance(data, dict):
         raise AnnotationError(f"{json_file}: not in COCO's format: a {type(data).__name__}")
-    for key in _NEEDED:
-        if not isinstance(data.get(key), list):
-            raise AnnotationError(f"{json_file}: not in COCO's format: no list {key!r}")
     return data
 
 

@@ -25,7 +25,9 @@ from .viewport import Viewport
 logger = logging.getLogger(__name__)
 
 EXTREME_POINT_SOURCES = ("segmentation", "annotation")
-_MIN_SIDE = 1e-5  # pixels; what is thinner is not to be seen (as in Detectron2)
+# Pixels of the augmented image. Of what is thinner, a prediction on the wrong side would be as far
+# as hundreds of such objects, and outweigh all others in the loss.
+_MIN_SIDE = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,6 +238,7 @@ class LSNetDatasetMapper(DatasetMapper):
         return resample_contour(
             seen.polygons,
             self.num_contour_points,
+            box=seen.box,
             method=self.contour_sampling,
             holes=seen.holes,
         )
@@ -310,7 +313,7 @@ class LSNetDatasetMapper(DatasetMapper):
 
 
 def _has_area(box: np.ndarray) -> bool:
-    return bool((box[2:] - box[:2] > _MIN_SIDE).all())
+    return bool((box[2:] - box[:2] >= _MIN_SIDE).all())
 
 
 def _rectangle(box: np.ndarray) -> np.ndarray:

@@ -93,6 +93,22 @@ def check_form(segmentation: Any, image_size: tuple[int, int] | None) -> None:
             raise ValueError(f"a polygon of {len(part)} numbers, which are no pairs x, y")
 
 
+def check_segmentation(segmentation: Any, image_size: tuple[int, int] | None) -> None:
+    """As :func:`check_form`, and whether it can be read: numbers, and the runs of an RLE.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    check_form(segmentation, image_size)
+    if isinstance(segmentation, dict):
+        if image_size is not None:
+            check_rle(segmentation, *image_size)
+    elif segmentation is not None and not all(
+        np.isfinite(part).all() for part in read_polygons(segmentation)
+    ):
+        raise ValueError("a polygon with a coordinate that is no finite number")
+
+
 def decode_rle(rle: dict, height: int, width: int) -> np.ndarray:
     """An RLE, compressed or not, as a mask (height, width) uint8 of 0 and 1.
 

@@ -25,6 +25,14 @@ from .serialization import pack, unpack
 
 Mapper = Callable[[dict], dict | None]
 
+# Of DATALOADER.SAMPLER_TRAIN, Detectron2's.
+SAMPLERS = (
+    "TrainingSampler",
+    "RepeatFactorTrainingSampler",
+    "RandomSubsetTrainingSampler",
+    "WeightedTrainingSampler",
+    "WeightedCategoryTrainingSampler",
+)
 _BATCHES_READY = 2
 _MAX_TRIES = 100  # other images for one of which the mapper makes nothing
 
@@ -208,9 +216,7 @@ def sampler_maker(cfg: CfgNode, records: Sequence[dict]) -> Callable[[int], Samp
     if name in ("WeightedTrainingSampler", "WeightedCategoryTrainingSampler"):
         return _weighted_sampler_maker(cfg, records, by_category="Category" in name)
     raise ConfigError(
-        f"DATALOADER.SAMPLER_TRAIN is {name!r}; it must be one of TrainingSampler, "
-        "RepeatFactorTrainingSampler, RandomSubsetTrainingSampler, WeightedTrainingSampler, "
-        "WeightedCategoryTrainingSampler"
+        f"DATALOADER.SAMPLER_TRAIN is {name!r}; it must be one of {', '.join(SAMPLERS)}"
     )
 
 

@@ -6,6 +6,7 @@ row-major), C channels, K classes, V landmarks of a branch.
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
@@ -103,13 +104,19 @@ class BranchLayers(nn.Module):
         cells."""
         raw = flatten_levels([self.init_out(F.relu(self.init_conv(f))) for f in features])
         vectors, free = raw.tensor_split([self.vector_channels], dim=2)
-        vectors = F.softplus(vectors).unflatten(2, (-1, COMPONENTS))
+        vectors = F.softplus(_at_least_single(vectors)).unflatten(2, (-1, COMPONENTS))
         return vectors, free.unflatten(2, (self.branch.num_free_points, 2)).flip(-1)
 
     def refined(self, features: list[Tensor], grid: PyramidGrid | None, vectors: Tensor) -> Tensor:
         """Refined vectors (B, A, V + 1, 4): a residual on the initial ones."""
         residual = self.refine(features, grid).view_as(vectors)
-        return F.softplus(residual + vectors.detach())
+        return F.softplus(_at_least_single(residual) + vectors.detach())
+
+
+def _at_least_single(raw: Tensor) -> Tensor:
+    """What autocast does to softplus's input on CUDA, but not on CPUs. With the 8 bits of bfloat16
+    boxes would often have no size at all, and the gradient of their proportions no bounds."""
+    return raw.to(torch.promote_types(raw.dtype, torch.float32))
 
 
 class LSNetHead(nn.Module):

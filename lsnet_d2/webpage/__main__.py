@@ -9,7 +9,7 @@ from detectron2.utils.logger import setup_logger
 from PIL import Image
 
 from ..config_file import CONFIG_HELP, load_config
-from ..drawing import CONTOUR_STYLES
+from ..drawing import CONTOUR_STYLES, KEYPOINT_THRESHOLD
 from ..errors import UserError, exit_on_user_error
 from ..predictor import LSNetPredictor
 from .answer import Limits
@@ -49,7 +49,10 @@ def get_parser() -> argparse.ArgumentParser:
         "--confidence-threshold", type=float, default=0.5, help="where the slider of scores begins"
     )
     parser.add_argument(
-        "--keypoint-threshold", type=float, default=0.05, help="lowest score of a keypoint"
+        "--keypoint-threshold",
+        type=float,
+        default=KEYPOINT_THRESHOLD,
+        help="keypoints are shown above this score of their own",
     )
     parser.add_argument("--contours", choices=CONTOUR_STYLES, default="filled")
     parser.add_argument(

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..data.catalog import class_name
 from ..data.images import ImageError, convert_image, encode_image, open_image
-from ..drawing import TRUNK, TRUNK_COLOR
+from ..drawing import KEYPOINT_THRESHOLD, TRUNK, TRUNK_COLOR
 from ..exports import Results
 
 # As PIL calls them. Others are not tried: for some of them PIL starts further programs.
@@ -58,7 +58,7 @@ def answer(
     name: str,
     *,
     limits: Limits,
-    keypoint_threshold: float = 0.05,
+    keypoint_threshold: float = KEYPOINT_THRESHOLD,
 ) -> dict[str, Any]:
     """Run a model on an uploaded file. Nothing of it is written to the disk.
 
@@ -67,7 +67,7 @@ def answer(
         data: the file's content.
         name: of the file, for messages and for the ``imagePath`` of labelme.
         limits: checked before the pixels are decoded.
-        keypoint_threshold: lowest score of a keypoint that is drawn or written.
+        keypoint_threshold: keypoints are drawn and written above this score.
 
     Returns:
         For JSON. Coordinates are pixels of the upright picture; all lists of detections have one

@@ -11,7 +11,7 @@ import matplotlib.colors
 from flask import Flask, Response, abort, jsonify, render_template, request, send_file
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
-from ..drawing import CONTOUR_STYLES
+from ..drawing import CONTOUR_STYLES, KEYPOINT_THRESHOLD
 from ..errors import UserError, one_line
 from ..predictor import LSNetPredictor
 from ..visualizer import PALETTE
@@ -45,7 +45,7 @@ def create_app(
     limits: Limits | None = None,
     threshold: float = 0.5,
     contours: str = "filled",
-    keypoint_threshold: float = 0.05,
+    keypoint_threshold: float = KEYPOINT_THRESHOLD,
     only_local: bool = True,
 ) -> Flask:
     """
@@ -59,7 +59,7 @@ def create_app(
         limits: None: the default ones.
         threshold: score from which detections are shown at first, in [0, 1].
         contours: how they are drawn at first, one of CONTOUR_STYLES.
-        keypoint_threshold: lowest score of a keypoint.
+        keypoint_threshold: keypoints are drawn and written above this score.
         only_local: refuse requests that name another host than this machine, as those are that a
             web site gets through by giving its own name this machine's address.
     """

@@ -53,7 +53,10 @@ def draw(picture: Image.Image, found: list[dict]) -> None:
 
 if __name__ == "__main__":
     model, file, output = sys.argv[1:] if len(sys.argv) == 4 else sys.exit(__doc__)
-    picture = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
+    picture = ImageOps.exif_transpose(Image.open(file))
+    if picture.mode.startswith("I"):  # 16 bits of grey, of which convert() would keep the lower
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    picture = picture.convert("RGB")
     found = predict(onnxruntime.InferenceSession(model), picture)
     print(json.dumps(found))
     draw(picture, found)

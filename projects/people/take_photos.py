@@ -20,6 +20,7 @@ from pycocotools import mask as mask_util
 from tqdm import tqdm
 
 from lsnet_d2.data.coco_json import read_coco_json
+from lsnet_d2.data.images import encode_image
 from lsnet_d2.data.polygons import decode_rle
 from lsnet_d2.errors import UserError, exit_on_user_error
 from lsnet_d2.files import atomic_write, make_folder, require_new_file, require_writable
@@ -53,9 +54,11 @@ def shrink_annotation(annotation: dict, scale: tuple[float, float], size: tuple[
         round(v * s, 2) for v, s in zip(annotation["bbox"], (x, y, x, y), strict=True)
     ]
     result["area"] = annotation["area"] * x * y
-    result["keypoints"] = [
-        value * (x, y, 1)[i % 3] for i, value in enumerate(annotation["keypoints"])
-    ]
+    keypoints = np.array(annotation["keypoints"], dtype=float).reshape(-1, 3)
+    labelled = keypoints[:, 2] > 0
+    # COCO's keypoints are indices of pixels, whose middles are half a pixel farther
+    keypoints[labelled, :2] = (keypoints[labelled, :2] + 0.5) * scale - 0.5
+    result["keypoints"] = keypoints.reshape(-1).tolist()
     segmentation = annotation["segmentation"]
     if isinstance(segmentation, dict):
         mask = Image.fromarray(decode_rle(segmentation, *segmentation["size"]).astype(np.uint8))
@@ -76,7 +79,7 @@ def shrink_photo(source: Path, target: Path) -> tuple[int, int]:
         size = tuple(max(round(side * ratio), 1) for side in photo.size)
         smaller = photo.convert("RGB").resize(size, Image.Resampling.LANCZOS)
     with atomic_write(target) as file:
-        smaller.save(file, "JPEG", quality=JPEG_QUALITY)
+        file.write(encode_image(smaller, "JPEG", quality=JPEG_QUALITY))
     return size
 
 

@@ -52,6 +52,8 @@ def test_what_a_folder_lacks_is_named(folders, monkeypatch):
     assert explain_unregistered("fruits_val", folders).endswith(
         f"annotation file {fruits / 'annotations' / 'instances_val.json'}"
     )
+    (fruits / "annotations" / "person_keypoints_val.json").write_text("{}")
+    assert explain_unregistered("fruits_keypoints_val", folders).endswith(f"{fruits / 'val'}")
     monkeypatch.setenv("DETECTRON2_DATASETS", str(folders))
     text = explain_unregistered("nuts_val")
     assert str(folders) in text and "{name}/annotations/instances_{split}.json" in text

@@ -46,6 +46,35 @@ def test_images_without_objects(empty):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+def test_the_third_stage_is_not_asked_about_nothing(monkeypatch):
+    """On CUDA, attention of nothing is an error."""
+    model = tiny_model(POLISH_IN_FEATURES=["p3"], SCORE_THRESH_TEST=0.999).eval()
+
+    def asked(*_args, **_kwargs):
+        raise AssertionError("it was asked")
+
+    monkeypatch.setattr(model.polish, "forward", asked)
+    with torch.no_grad():
+        (output,) = model([make_input(BOXES, [0, 1, 2])])
+        assert len(output["instances"]) == 0
+        assert output["instances"].pred_extreme_points.shape == (0, 4, 2)
+        model.test_score_thresh = 0.0
+        with pytest.raises(AssertionError, match="it was asked"):
+            model([make_input(BOXES, [0, 1, 2])])
+
+
+def test_vectors_are_not_rounded_by_autocast():
+    """Of 8 bits many boxes would have no width at all, and huge gradients."""
+    model = tiny_model(TOWER_CONV="conv", REFINE_SAMPLING=False).eval()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        _, predictions, _ = model.predict(torch.rand(1, 3, 384, 384))
+    for vectors in (*predictions.init, *predictions.refine):
+        assert vectors.dtype is torch.float32
+    components = predictions.init[0][0].flatten(1)  # (A, 20)
+    same = components[:, None] == components[:, :, None]
+    assert same.float().mean() < 0.06  # the diagonal is 0.05
+
+
 def test_inputs_are_not_modified():
     inputs = [make_input(BOXES, [0, 1, 2])]
     before = copy.deepcopy(inputs)

@@ -1,4 +1,5 @@
 import importlib.util
+import logging
 
 import cv2
 import numpy as np
@@ -151,6 +152,40 @@ def test_video(folder):
         sizes.append(frame[1].shape)
     assert sizes == [(480, 640, 3)] * 3
     assert capture.get(cv2.CAP_PROP_FPS) == pytest.approx(10)
+
+
+def test_a_video_that_is_not_complete_does_not_take_the_place_of_another(folder, tmp_path):
+    partial, target = tmp_path / ".partial-out.mp4", tmp_path / "out.mp4"
+    target.write_bytes(b"an older video")
+    whole = (folder / "clip.avi").read_bytes()
+    for content, frames in ((b"no video", 0), (whole, 3)):
+        partial.write_bytes(content)
+        with pytest.raises(UserError, match=f"only {frames} of 4 frames could .*out.mp4"):
+            demo_tool.keep_video(partial, target, 4)
+        assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"an older video"]
+    partial.write_bytes(whole)
+    demo_tool.keep_video(partial, target, 3)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [whole]
+
+
+@pytest.mark.parametrize("rate, taken", [(29.97, 29.97), (90000.0, 25), (0.0, 25)])
+def test_frame_rates_that_are_none(rate, taken):
+    class Capture:
+        def get(self, key):
+            assert key == cv2.CAP_PROP_FPS
+            return rate
+
+    assert demo_tool.frame_rate(Capture(), "rtsp://camera") == taken
+
+
+def test_frames_that_are_missing_are_said(folder, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("lsnet_d2"), "propagate", True)
+    detector = make_detector(folder, 0.99)
+    demo_tool.run_on_video(detector, str(folder / "clip.avi"), str(tmp_path / "a.mp4"))
+    assert "could be read" not in caplog.text
+    monkeypatch.setattr(demo_tool, "frames", lambda capture: [capture.read()[1]])
+    demo_tool.run_on_video(detector, str(folder / "clip.avi"), str(tmp_path / "b.mp4"))
+    assert "clip.avi has 3 frames, but only 1 could be read" in caplog.text
 
 
 def test_objects_of_a_video_keep_their_colours(folder, monkeypatch, tmp_path):

@@ -28,6 +28,7 @@ def test_takes_the_first_images_with_objects(tool):
     data = {
         "images": [{"id": number} for number in (1, 2, 3, 4)],
         "annotations": [
+            annotation(1, ignore=1),
             annotation(2, iscrowd=1),
             annotation(3, keypoints=[1, 1, 0]),
             annotation(3, keypoints=None),

@@ -89,7 +89,9 @@ def test_photos_and_annotations_shrink_together(coco, monkeypatch):
     assert person["segmentation"][0] == pytest.approx(
         [100 * x, 50 * y, 300 * x, 50 * y, 300 * x, 150 * y], abs=0.005
     )
-    assert person["keypoints"] == pytest.approx([100 * x, 50 * y, 2, 300 * x, 150 * y, 1, 0, 0, 0])
+    # the middles of their pixels
+    first, second = [100.5 * x - 0.5, 50.5 * y - 0.5, 2], [300.5 * x - 0.5, 150.5 * y - 0.5, 1]
+    assert person["keypoints"] == pytest.approx([*first, *second, 0, 0, 0])
     assert person["area"] == pytest.approx(10000 * x * y)
     crowd, unchanged = found["train"]["annotations"]
     mask = mask_util.decode(crowd["segmentation"])
