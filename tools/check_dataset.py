@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lsnet_d2.config_file import CHECKPOINT_SUFFIX
 from lsnet_d2.data.coco_json import read_coco_json, read_coco_lists
-from lsnet_d2.data.dataset_report import report_dataset
+from lsnet_d2.data.dataset_report import DatasetReport, report_dataset
 from lsnet_d2.data.dataset_statistics import format_statistics, plot_statistics
 from lsnet_d2.errors import UserError, exit_on_user_error
 from lsnet_d2.files import atomic_write, require_new_file
@@ -39,13 +39,13 @@ def get_parser() -> argparse.ArgumentParser:
         "--write-config",
         metavar="OUT.yaml",
         help="write a config to start training with, if the data (with --fix: OUT.json) have no "
-        "problems",
+        "problems, nor those of --val",
     )
     parser.add_argument(
         "--val",
         nargs=2,
         metavar=("VAL.json", "IMAGES/"),
-        help="what the config evaluates on; not checked here",
+        help="what the config evaluates on; checked too, but not repaired",
     )
     parser.add_argument(
         "--base-config",
@@ -57,19 +57,27 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def require_data(json_file: str, image_root: str) -> None:
-    """
+def check(json_file: str, image_root: str, *, quick: bool, repairs: str) -> DatasetReport:
+    """Print the problems of a file, and how many there are.
+
+    Args:
+        quick: do not read the images' pixels.
+        repairs: what is said of those that can be repaired.
+
     Raises:
-        UserError: there is no such folder of images.
+        UserError: there is no such file.
     """
-    if not os.path.isdir(image_root):
-        raise UserError(f"{json_file}: no folder of images {image_root}")
+    report = report_dataset(read_coco_lists(json_file), image_root, decode_images=not quick)
+    for problem in report.problems:
+        print(problem)
+    repairable = len(report.problems) - len(report.remaining)
+    print(f"{json_file}: problems: {len(report.problems)}, {repairs}: {repairable}\n")
+    return report
 
 
 def write_starting_config(args: argparse.Namespace, data: dict) -> None:
     test = None
     if args.val:
-        require_data(*args.val)
         test = CocoFile(
             json_file=args.val[0], image_root=args.val[1], data=read_coco_json(args.val[0])
         )
@@ -98,17 +106,11 @@ def main() -> None:
         raise UserError(f"--base-config {args.base_config}: no such config file")
     if args.base_config.endswith(CHECKPOINT_SUFFIX):
         raise UserError(f"--base-config {args.base_config}: a checkpoint; it must be a YAML file")
-    require_data(args.annotations, args.images)
-    report = report_dataset(
-        read_coco_lists(args.annotations), args.images, decode_images=not args.quick
-    )
-    for problem in report.problems:
-        print(problem)
-    repairable = len(report.problems) - len(report.remaining)
-    print(
-        f"{args.annotations}: problems: {len(report.problems)}, "
-        f"{'repaired' if args.fix else 'that --fix repairs'}: {repairable}\n"
-    )
+    for json_file, image_root in [(args.annotations, args.images), *filter(None, [args.val])]:
+        if not os.path.isdir(image_root):
+            raise UserError(f"{json_file}: no folder of images {image_root}")
+    repairs = "repaired" if args.fix else "that --fix repairs"
+    report = check(args.annotations, args.images, quick=args.quick, repairs=repairs)
     left = report.remaining if args.fix else report.problems
     if args.fix:
         with atomic_write(args.fix, "w") as file:
@@ -121,6 +123,10 @@ def main() -> None:
                 plot_statistics(report.repaired, file)
     else:
         print("no statistics: the lists of the file cannot be used")
+    if args.val:
+        print()
+        repairs = "that a check of this file with --fix repairs"
+        left = [*left, *check(*args.val, quick=args.quick, repairs=repairs).problems]
     if args.write_config and left:
         print(f"{args.write_config} is not written; problems left: {len(left)}")
     elif args.write_config:

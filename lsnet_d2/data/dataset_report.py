@@ -196,10 +196,15 @@ class _Checker:
                 self._report(_name_image(image), text, f"{width} and {height}")
                 image = {**image, "width": width, "height": height}
             elif stated != (width, height):
+                hint = (
+                    "turned as its EXIF data say"
+                    if stated == (height, width)
+                    else "the annotations may be of another version of it"
+                )
                 self._report(
                     _name_image(image),
                     f"it is said to have {stated[0]} x {stated[1]} pixels, but has {width} x "
-                    f"{height} (turned as its EXIF data say)",
+                    f"{height} ({hint})",
                 )
             kept.append(image)
             self.images.setdefault(image["id"], image)
@@ -250,7 +255,10 @@ class _Checker:
             elif known == annotation:
                 self._report(self._name(annotation), "occurs twice", "once")
             else:
-                text = f"has the id of {self._name(known)}" if known else f"its id is {identity!r}"
+                text = f"its id is {identity!r}"
+                if known:
+                    same = known["image_id"] == annotation["image_id"]
+                    text = f"has the id of {'another one' if same else self._name(known)}"
                 new = {**annotation, "id": next(new_ids)}
                 self._report(self._name(annotation), text, f"id {new['id']}")
                 kept.append(new)

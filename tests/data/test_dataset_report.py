@@ -184,7 +184,8 @@ def test_what_only_the_owner_knows_is_left(data, tmp_path):
     data["images"][1]["width"] = 90
     report = check(data, tmp_path)
     assert [problem.text for problem in report.remaining] == [
-        "it is said to have 90 x 60 pixels, but has 100 x 60 (turned as its EXIF data say)",
+        "it is said to have 90 x 60 pixels, but has 100 x 60 (the annotations may be of another "
+        "version of it)",
         "keypoints with the visibility 3; it must be 0, 1 or 2",
         "category 8 is not in the list of categories",
     ]

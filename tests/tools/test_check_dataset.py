@@ -84,6 +84,10 @@ def test_evaluation_on_other_data(run, tmp_path):
     val = write_own_data(tmp_path, "val", 1)
     assert run("--write-config", tmp_path / "own.yaml", "--val", *val)[0] == 0
     assert str(val[0]) in (tmp_path / "own.yaml").read_text()
+    val[0].write_text(val[0].read_text().replace('"bbox": [', '"bbox": [9000, '))
+    status, out, _ = run("--write-config", tmp_path / "other.yaml", "--val", *val)
+    assert status == 1 and not (tmp_path / "other.yaml").exists()
+    assert "train.json: problems: 0," in out and "val.json: problems: 3, that a check of" in out
     status, _, err = run("--val", *val)
     assert status == 2 and "give --write-config" in err
 
