@@ -17,7 +17,7 @@ def test_figures(monkeypatch):
     ]
     # fmt: on
     assert min(figures.values()) > 0
-    # the limits; times of a busy machine are no test
+    # of 1,000 objects; times of a busy machine are no test
     assert figures["targets_memory"] < 250e6
 
 

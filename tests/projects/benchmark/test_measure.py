@@ -1,5 +1,4 @@
 import argparse
-import time
 
 import pytest
 import torch
@@ -91,15 +90,19 @@ class TestInference:
         }
         images = inputs.model_inputs(1, 64, 64)
         for stage, module in slow.items():
+            clock = [0.0]
+
+            def work(*args, forward=module.forward, clock=clock):
+                clock[0] += 1.0
+                return forward(*args)
+
+            monkeypatch.setattr(measure, "now", lambda _device, clock=clock: clock[0])
+            monkeypatch.setattr(module, "forward", work)
             with torch.no_grad():
-                before = measure.stages(model, images)
-                forward = module.forward
-                monkeypatch.setattr(module, "forward", lambda *x, f=forward: (nap(), f(*x))[1])
-                after = measure.stages(model, images)
+                times = measure.stages(model, images)
             monkeypatch.undo()
-            gains = {name: after[name] - before[name] for name in after}
-            assert max(gains, key=gains.get) == stage
-            assert gains[stage] > 0.2
+            spent = {name for name, seconds in times.items() if seconds > 0}
+            assert spent == {stage}, times
 
     @pytest.mark.parametrize("device, batches", [("cpu", 1), ("cuda", 7)])
     def test_batches_are_repeated_where_they_are_fast(self, device, batches, monkeypatch):
@@ -111,10 +114,6 @@ class TestInference:
         )
         assert repeats == [7, batches]
         assert result["images_per_second"] == 8
-
-
-def nap():
-    time.sleep(0.3)
 
 
 class TestTraining:
