@@ -21,14 +21,31 @@ MIN_LONG_SIDE = 640
 CONTOUR_STYLES = ("filled", "outlined")
 
 # People's trunk: the middles of these keypoints in a row.
-TRUNK = (("nose",), ("left_shoulder", "right_shoulder"), ("left_hip", "right_hip"))
-TRUNK_COLOR = (1.0, 0.5, 0.0)
+_TRUNK = (("nose",), ("left_shoulder", "right_shoulder"), ("left_hip", "right_hip"))
+_TRUNK_COLOR = (1.0, 0.5, 0.0)
 
 # Predicted keypoints count above this score, as in Detectron2.
 KEYPOINT_THRESHOLD = 0.05
 
 # What an object covers: parts, each a polygon (n, 2); or a mask (H, W) of 0 and 1.
 Region = list[np.ndarray] | np.ndarray
+Names = tuple[str, ...]
+
+
+def skeleton_bones(metadata: Any) -> list[tuple[Names, Names, tuple[float, float, float]]]:
+    """The bones of a data set's skeleton: two ends, each the middle of the keypoints of these
+    names, and a colour (RGB in [0, 1]).
+
+    COCO's rules have no trunk. Detectron2 adds one to people, through the middles of the shoulders
+    and the hips; it has the rules' colour of these here.
+    """
+    bones = [
+        ((first,), (second,), tuple(value / 255 for value in color))
+        for first, second, color in metadata.get("keypoint_connection_rules") or []
+    ]
+    if "nose" in (metadata.get("keypoint_names") or []):
+        bones += [(*ends, _TRUNK_COLOR) for ends in pairwise(_TRUNK)]
+    return bones
 
 
 class LandmarkPainter(Visualizer):
@@ -235,19 +252,11 @@ class LandmarkPainter(Visualizer):
 
     def _bones(self, joints: dict[str, np.ndarray]) -> list[tuple]:
         """Ends (2,) and colours of the bones between joints that are drawn."""
-        bones = [
-            (joints[first], joints[second], tuple(value / 255 for value in color))
-            for first, second, color in self.metadata.get("keypoint_connection_rules") or []
-            if first in joints and second in joints
+        return [
+            (*(np.mean([joints[name] for name in names], axis=0) for names in ends), color)
+            for *ends, color in skeleton_bones(self.metadata)
+            if all(name in joints for names in ends for name in names)
         ]
-        # COCO's rules have no trunk. Detectron2 adds one to people, through the middles of the
-        # shoulders and the hips; in the rules' colour of these here.
-        if "nose" in (self.metadata.get("keypoint_names") or []):
-            for ends in pairwise(TRUNK):
-                if all(name in joints for names in ends for name in names):
-                    middles = [np.mean([joints[n] for n in names], axis=0) for names in ends]
-                    bones.append((*middles, TRUNK_COLOR))
-        return bones
 
     def _draw_polygons(self, polygons: list[np.ndarray], color: Any) -> None:
         # the same sense of rotation makes parts that overlap one area

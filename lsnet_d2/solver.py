@@ -14,13 +14,15 @@ logger = logging.getLogger(__name__)
 WHOLE_GRADIENT = "full_model"
 OPTIMIZERS = ("SGD", "AdamW")
 # Keys that count iterations; 0 stands for never in the last.
-_ITERATIONS = (
+ITERATION_KEYS = (
     "SOLVER.MAX_ITER",
     "SOLVER.STEPS",
     "SOLVER.WARMUP_ITERS",
     "SOLVER.CHECKPOINT_PERIOD",
     "TEST.EVAL_PERIOD",
 )
+# The keys of a training that is not evaluated on the way, and so is not ended by it either.
+NO_EVALUATIONS = {"TEST.EVAL_PERIOD": 0, "TEST.BEST_METRIC": "", "TEST.PATIENCE": 0}
 
 
 def scale_schedule(cfg: CfgNode, given: Collection[str] = ()) -> None:
@@ -47,7 +49,7 @@ def scale_schedule(cfg: CfgNode, given: Collection[str] = ()) -> None:
         node, name = key.split(".")
         if key not in given and (old := cfg[node][name]):
             changes[key] = old, old * factor
-    for key in _ITERATIONS:
+    for key in ITERATION_KEYS:
         node, name = key.split(".")
         if key not in given and (old := cfg[node][name]):
             changes[key] = old, _divided(old, batch / reference)
@@ -70,7 +72,7 @@ def schedule_of_length(cfg: CfgNode, iterations: int) -> dict[str, int | tuple[i
     All are scaled in proportion to ``SOLVER.MAX_ITER``: a warm-up of a tenth stays one of a tenth.
     """
     values = {}
-    for key in _ITERATIONS:
+    for key in ITERATION_KEYS:
         node, name = key.split(".")
         if old := cfg[node][name]:
             values[key] = _divided(old, cfg.SOLVER.MAX_ITER / iterations)

@@ -19,7 +19,7 @@ from lsnet_d2.engine import LSNetTrainer
 from lsnet_d2.errors import UserError, exit_on_user_error
 from lsnet_d2.files import atomic_write, make_folder
 from lsnet_d2.run_setup import log_setup
-from lsnet_d2.solver import scale_schedule, schedule_of_length
+from lsnet_d2.solver import NO_EVALUATIONS, scale_schedule, schedule_of_length
 
 DATASET = "overfit"
 ITERATIONS = 1150  # unless the options say otherwise; a config's own are for more images
@@ -74,12 +74,7 @@ def as_in_tests(cfg: CfgNode) -> dict[str, object]:
 
 def short_schedule(cfg: CfgNode) -> dict[str, object]:
     """The options that give a config the schedule for few images."""
-    return {
-        **schedule_of_length(cfg, ITERATIONS),
-        "TEST.EVAL_PERIOD": 0,
-        "TEST.BEST_METRIC": "",
-        "TEST.PATIENCE": 0,
-    }
+    return {**schedule_of_length(cfg, ITERATIONS), **NO_EVALUATIONS}
 
 
 @exit_on_user_error()

@@ -5,7 +5,6 @@ import io
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import matplotlib.colors
@@ -14,7 +13,7 @@ from PIL import Image
 
 from ..data.catalog import class_name
 from ..data.images import ImageError, convert_image, encode_image, open_image
-from ..drawing import KEYPOINT_THRESHOLD, TRUNK, TRUNK_COLOR
+from ..drawing import KEYPOINT_THRESHOLD, skeleton_bones
 from ..exports import Results
 
 # As PIL calls them. Others are not tried: for some of them PIL starts further programs.
@@ -133,15 +132,8 @@ def describe_skeleton(metadata: Metadata | None) -> list[dict[str, Any]]:
         For JSON. ``ends`` are two lists of names of keypoints, whose middle is meant, and ``color``
         is as in CSS.
     """
-    metadata = Metadata() if metadata is None else metadata
-    bones = [
-        {"ends": [[first], [second]], "color": "#{:02x}{:02x}{:02x}".format(*map(int, color))}
-        for first, second, color in metadata.get("keypoint_connection_rules") or []
+    bones = skeleton_bones(Metadata() if metadata is None else metadata)
+    return [
+        {"ends": [list(first), list(second)], "color": matplotlib.colors.to_hex(color)}
+        for first, second, color in bones
     ]
-    if "nose" in (metadata.get("keypoint_names") or []):
-        color = matplotlib.colors.to_hex(TRUNK_COLOR)
-        bones += [
-            {"ends": [list(first), list(second)], "color": color}
-            for first, second in pairwise(TRUNK)
-        ]
-    return bones

@@ -18,7 +18,7 @@ from plan import ROOT, Variant, slug
 from lsnet_d2.config_file import load_config
 from lsnet_d2.errors import ConfigError, UserError
 from lsnet_d2.files import make_folder
-from lsnet_d2.solver import scale_schedule, schedule_of_length
+from lsnet_d2.solver import NO_EVALUATIONS, scale_schedule, schedule_of_length
 
 Point = Mapping[str, str]
 
@@ -74,9 +74,7 @@ class Launcher:
         """
         values = schedule_of_length(self.config(variant, point), iterations)
         period = math.ceil(iterations / evaluations) if evaluations > 1 else 0
-        return _words(
-            {**values, "TEST.EVAL_PERIOD": period, "TEST.BEST_METRIC": "", "TEST.PATIENCE": 0}
-        )
+        return _words({**values, **NO_EVALUATIONS, "TEST.EVAL_PERIOD": period})
 
     def run(
         self,

@@ -13,16 +13,13 @@ from rows import read_metrics, step_seconds
 
 from lsnet_d2.errors import UserError
 from lsnet_d2.files import atomic_write
+from lsnet_d2.solver import ITERATION_KEYS
 
 _ROUNDS = 3
 # What the time of an iteration does not depend on.
-_TIMELESS = tuple(
-    f"SOLVER.{key}"
-    for key in ("BASE_LR", "BACKBONE_MULTIPLIER", "WEIGHT_DECAY", "WEIGHT_DECAY_NORM", "MOMENTUM")
-)
-_SCHEDULE = (
-    *("SOLVER.MAX_ITER", "SOLVER.STEPS", "SOLVER.WARMUP_ITERS", "SOLVER.CHECKPOINT_PERIOD"),
-    *("TEST.EVAL_PERIOD", "TEST.BEST_METRIC", "TEST.PATIENCE"),
+_OPTIMIZER = ("BASE_LR", "BACKBONE_MULTIPLIER", "WEIGHT_DECAY", "WEIGHT_DECAY_NORM", "MOMENTUM")
+_TIMELESS = (*ITERATION_KEYS, "TEST.BEST_METRIC", "TEST.PATIENCE") + tuple(
+    f"SOLVER.{key}" for key in _OPTIMIZER
 )
 
 
@@ -87,7 +84,7 @@ class Timings:
 
     def _report(self, variant: Variant, point: Point) -> Path:
         cfg = self.launcher.config(variant, point)
-        return self.folder / f"{recipe_name(variant, cfg, (*_TIMELESS, *_SCHEDULE))}.json"
+        return self.folder / f"{recipe_name(variant, cfg, _TIMELESS)}.json"
 
     def _short_run(self, variant: Variant, point: Point, folder: Path, number: int) -> float:
         """Seconds of an iteration.
