@@ -1,8 +1,7 @@
 """The photos that a model does best on, and worst, drawn beside the truth.
 
 The score of a photo is its panoptic quality ("Panoptic Segmentation", arXiv 1801.00868), of
-objects: detections with a score of at least SCORE_FLOOR choose by descending score, each the free
-object of its class whose box overlaps its own most, if their IOU is MIN_IOU or more. The score is
+objects: detections choose theirs as in :mod:`lsnet_d2.landmark_errors`. The score is
 the sum of the qualities of the pairs, divided by their number plus half of the objects and half of
 the detections that are left over. The quality of a pair is the mean of what is predicted and known:
 IOU of boxes, IOU of masks, OKS of keypoints. Crowds are no objects, and detections that lie in one
@@ -26,7 +25,7 @@ from lsnet_d2.data.catalog import load_metadata
 from lsnet_d2.errors import UserError
 from lsnet_d2.evaluation import oks_sigmas
 from lsnet_d2.files import atomic_write, make_folder
-from lsnet_d2.landmark_errors import MIN_IOU, SCORE_FLOOR
+from lsnet_d2.landmark_errors import MIN_IOU, SCORE_FLOOR, Detections, match
 
 
 def pair_quality(true: dict, found: dict, size: tuple[int, int], sigmas: np.ndarray) -> float:
@@ -79,20 +78,24 @@ def photo_score(
     crowds = [a["bbox"] for a in annotations if is_region(a)]
     objects = [a for a in annotations if not is_region(a)]
     results = [r for r in results if r["score"] >= SCORE_FLOOR]
-    results.sort(key=lambda r: -r["score"])
-    ious = box_ious([r["bbox"] for r in results], [a["bbox"] for a in objects], [0] * len(objects))
+    pairs = match(detections(results), objects)
+    qualities = [pair_quality(true, results[index], size, sigmas) for index, true in pairs]
     in_crowds = box_ious([r["bbox"] for r in results], crowds, [1] * len(crowds))
-    free, qualities, extra = set(range(len(objects))), [], 0
-    for index, result in enumerate(results):
-        alike = [i for i in free if objects[i]["category_id"] == result["category_id"]]
-        best = max(alike, key=lambda i: ious[index, i], default=None)
-        if best is not None and ious[index, best] >= MIN_IOU:
-            free.remove(best)
-            qualities.append(pair_quality(objects[best], result, size, sigmas))
-        elif not (in_crowds[index] >= MIN_IOU).any():
-            extra += 1
-    weight = len(qualities) + (len(free) + extra) / 2
+    left_over = np.delete(in_crowds, [index for index, _ in pairs], axis=0)
+    extra = int((left_over < MIN_IOU).all(axis=1).sum())
+    weight = len(pairs) + (len(objects) - len(pairs) + extra) / 2
     return sum(qualities) / weight if weight else None
+
+
+def detections(results: list[dict]) -> Detections:
+    """Results of one photo in COCO's format, without landmarks."""
+    return Detections(
+        image_id=results[0]["image_id"] if results else -1,
+        boxes=np.array([r["bbox"] for r in results], dtype=float).reshape(-1, 4),
+        scores=np.array([r["score"] for r in results], dtype=float),
+        categories=np.array([r["category_id"] for r in results], dtype=int),
+        landmarks={},
+    )
 
 
 def rank_photos(
