@@ -73,6 +73,7 @@ class LSNetPredictor:
         Raises:
             ConfigError: see :func:`lsnet_d2.config_file.load_config`.
             CheckpointError: the weights are missing or not those of this model.
+            ValueError: ``array_format`` or ``batch_size`` is none of those.
         """
         if array_format not in ("BGR", "RGB"):
             raise ValueError(f"array_format is {array_format!r}; it must be BGR or RGB")
@@ -122,6 +123,7 @@ class LSNetPredictor:
         Raises:
             ImageError: an image cannot be read, has pixels of another kind, or is so narrow that
                 resizing leaves nothing of it.
+            TypeError: an image is none of those.
         """
         if isinstance(images, (list, tuple)):
             return list(self._predict(images))

@@ -77,6 +77,9 @@ class PyramidGrid:
         sizes: (H, W) of each level, at least three.
         reference_offsets: reproduce the released code, in which the scale factors of the offsets
             pile up over the three sources (1, 1/2, 1/8 instead of 1, 1/2, 1/4 on the finest).
+
+    Raises:
+        ValueError: there are fewer than three levels, or their cells are not as many as the points.
     """
 
     def __init__(

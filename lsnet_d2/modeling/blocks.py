@@ -33,6 +33,14 @@ class ConvNormAct(nn.Sequential):
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int = 3, *, kind: str = "conv"
     ) -> None:
+        """
+        Args:
+            out_channels: a multiple of 32, the groups of the norm.
+            kind: "conv" or "dcn".
+
+        Raises:
+            ValueError: ``kind`` is something else.
+        """
         if kind == "dcn":
             conv = ModulatedDeformConv(in_channels, out_channels, kernel_size=kernel_size)
         elif kind == "conv":

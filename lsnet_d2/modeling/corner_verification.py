@@ -194,6 +194,9 @@ class CornerCriterion:
         Args:
             loss_weights: of heat maps, offsets and semantic map.
             focal_loss_alpha, focal_loss_gamma: of the semantic map.
+
+        Raises:
+            ValueError: there are not three weights.
         """
         if len(loss_weights) != 3:
             raise ValueError(

@@ -153,6 +153,9 @@ class LSNetHead(nn.Module):
             sampling: whether the refine stage and the classes sample at the initial landmarks.
             reference_offsets: see :class:`~lsnet_d2.layers.PyramidGrid`.
             offset_gradient_mul: factor on the gradient from sampling places to initial vectors.
+
+        Raises:
+            ValueError: the number of channels is none of those, or ``tower_conv`` is unknown.
         """
         super().__init__()
         if in_channels % GROUPS or in_channels == GROUPS:

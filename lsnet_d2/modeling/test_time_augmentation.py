@@ -171,6 +171,7 @@ class LSNetWithTTA(nn.Module):
             batch_size: augmented images, all of one size, that are run at once.
 
         Raises:
+            TypeError: the model is none.
             ValueError: see :func:`check_merging`.
         """
         super().__init__()

@@ -55,6 +55,9 @@ def build_lsnet_fpn(cfg: CfgNode, bottom_up: Backbone) -> FPN:
     """The pyramid over the features ``MODEL.FPN.IN_FEATURES`` of ``bottom_up``.
 
     Its maps are called "p3" to "p7" for features of strides 8, 16 and 32.
+
+    Raises:
+        ValueError: none is named, or one that the backbone does not give.
     """
     in_features = cfg.MODEL.FPN.IN_FEATURES
     out_channels = cfg.MODEL.FPN.OUT_CHANNELS
