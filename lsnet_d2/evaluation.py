@@ -146,8 +146,8 @@ class LSNetEvaluator(COCOEvaluator):
         if json_file is not None:
             check_coco_file(json_file)
         super().__init__(dataset_name, *args, **{**kwargs, "use_fast_impl": False})
-        sigmas = kwargs.get("kpt_oks_sigmas", ())
-        self._sigmas = list(sigmas) if len(sigmas) else COCO_OKS_SIGMAS
+        sigmas = kwargs.get("kpt_oks_sigmas")
+        self._sigmas = COCO_OKS_SIGMAS if sigmas is None or not len(sigmas) else list(sigmas)
         self.num_keypoints = 0  # of an object of the data set; 0: it has none
         if self._do_evaluation:
             complete_annotations(self._coco_api.dataset)
