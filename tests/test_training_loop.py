@@ -62,8 +62,8 @@ def test_precisions():
 @pytest.mark.parametrize("task", TASKS)
 def test_losses_and_gradients_in_bfloat16_are_near(task):
     # Before training all components of the vectors are nearly equal, and rounding decides which
-    # way they point.
-    model = tiny_model(**TASKS[task])
+    # way they point. (With seed 0 it also decides which of two points learns an object's box.)
+    model = tiny_model(seed=1, **TASKS[task])
     run(model, [BATCH] * 30, torch.optim.AdamW(model.parameters(), lr=1e-3), steps=30)
     found = []
     for dtype in (None, torch.bfloat16):

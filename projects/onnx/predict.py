@@ -1,5 +1,4 @@
-"""Detect objects without PyTorch: python predict.py model.onnx photo.jpg found.png > found.json
-Needs ONNX Runtime, NumPy and Pillow."""
+"""predict.py model.onnx photo.jpg found.png > found.json (ONNX Runtime, NumPy and Pillow do)"""
 
 import json
 import sys
@@ -53,11 +52,9 @@ def draw(picture: Image.Image, found: list[dict]) -> None:
 
 if __name__ == "__main__":
     model, file, output = sys.argv[1:] if len(sys.argv) == 4 else sys.exit(__doc__)
-    picture = ImageOps.exif_transpose(Image.open(file))
-    if picture.mode.startswith("I"):  # 16 bits of grey, of which convert() would keep the lower
-        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    picture = picture.convert("RGB")
-    found = predict(onnxruntime.InferenceSession(model), picture)
-    print(json.dumps(found))
+    image = ImageOps.exif_transpose(Image.open(file))
+    deep = image.mode.startswith("I")  # 16 bits of grey, of which convert() would keep the lower
+    picture = (Image.fromarray(np.uint8(np.asarray(image) >> 8)) if deep else image).convert("RGB")
+    print(json.dumps(found := predict(onnxruntime.InferenceSession(model), picture)))
     draw(picture, found)
     picture.save(output)
