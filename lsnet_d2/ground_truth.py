@@ -45,7 +45,14 @@ def check_coco_file(path: str) -> None:
             check_segmentation(annotation.get("segmentation"), sizes.get(annotation["image_id"]))
         except ValueError as error:
             problems.setdefault(index, str(error))
-    raise_problems(path, [f"{_name(annotations[i])}: {problems[i]}" for i in sorted(problems)])
+    raise_problems(
+        path,
+        [
+            f"annotation {annotation['id']} of image {annotation['image_id']}: {problems[index]}"
+            for index, annotation in enumerate(annotations)
+            if index in problems
+        ],
+    )
     with_keypoints = [a for a in annotations if a.get("keypoints")]
     for annotation in with_keypoints:
         here, there = len(annotation["keypoints"]), len(with_keypoints[0]["keypoints"])
@@ -55,10 +62,6 @@ def check_coco_file(path: str) -> None:
                 f"annotation {with_keypoints[0]['id']} has {there}; they must be alike, and three "
                 "for each keypoint"
             )
-
-
-def _name(annotation: dict) -> str:
-    return f"annotation {annotation['id']} of image {annotation['image_id']}"
 
 
 def _box_problems(annotations: list[dict]) -> dict[int, str]:

@@ -88,6 +88,14 @@ def test_other_ways_to_write_a_mask():
     assert list(map(type, second["segmentation"]["size"])) == [int, int]
 
 
+def assert_refused(folder, wrong, message):
+    path = folder / "val.json"
+    path.write_text(json.dumps(dataset(annotation(4), wrong)))
+    expected = f"val.json: a problem:\n  annotation {wrong['id']} of image 1: {message}"
+    with pytest.raises(UserError, match=expected):
+        check_coco_file(str(path))
+
+
 @pytest.mark.parametrize(
     "segmentation, message",
     [
@@ -100,12 +108,7 @@ def test_other_ways_to_write_a_mask():
     ],
 )
 def test_unusable_masks(tmp_path, segmentation, message):
-    path = tmp_path / "val.json"
-    path.write_text(json.dumps(dataset(annotation(4), annotation(8, segmentation=segmentation))))
-    with pytest.raises(
-        UserError, match=f"val.json: a problem:\n  annotation 8 of image 1: .*{message}"
-    ):
-        check_coco_file(str(path))
+    assert_refused(tmp_path, annotation(8, segmentation=segmentation), f".*{message}")
 
 
 @pytest.mark.parametrize(
@@ -118,12 +121,7 @@ def test_unusable_masks(tmp_path, segmentation, message):
     ],
 )
 def test_unusable_boxes(tmp_path, box, message):
-    path = tmp_path / "val.json"
-    path.write_text(json.dumps(dataset(annotation(4), annotation(8, bbox=box))))
-    with pytest.raises(
-        UserError, match=f"val.json: a problem:\n  annotation 8 of image 1: its box .*{message}"
-    ):
-        check_coco_file(str(path))
+    assert_refused(tmp_path, annotation(8, bbox=box), f"its box .*{message}")
 
 
 def test_boxes_that_are_never_found_pass(tmp_path):

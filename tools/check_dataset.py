@@ -106,7 +106,7 @@ def main() -> None:
         raise UserError(f"--base-config {args.base_config}: no such config file")
     if args.base_config.endswith(CHECKPOINT_SUFFIX):
         raise UserError(f"--base-config {args.base_config}: a checkpoint; it must be a YAML file")
-    for json_file, image_root in [(args.annotations, args.images), *filter(None, [args.val])]:
+    for json_file, image_root in filter(None, [(args.annotations, args.images), args.val]):
         if not os.path.isdir(image_root):
             raise UserError(f"{json_file}: no folder of images {image_root}")
     repairs = "repaired" if args.fix else "that --fix repairs"

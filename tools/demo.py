@@ -187,6 +187,22 @@ def frames(capture: cv2.VideoCapture) -> Iterator[np.ndarray]:
         yield frame[:, :, ::-1]
 
 
+def plan_video(source: str | int, output: str) -> Path:
+    """The file that a stream's pictures go to: ``output``, or in this folder one of its name.
+
+    Raises:
+        UserError: that is the stream itself, or ``output`` is a file but no video.
+    """
+    target = Path(output)
+    if target.suffix.lower() not in {".mp4", ".mkv", ".avi"}:
+        stem = "webcam" if isinstance(source, int) else Path(source).stem
+        require_folder(target)
+        target = target / f"{stem}.mp4"
+    if not isinstance(source, int) and target.resolve() == Path(source).resolve():
+        raise UserError(f"--output would overwrite the input {target}")
+    return target
+
+
 def run_on_video(detector: Detector, source: str | int, output: str | None) -> None:
     """Draw a stream frame by frame, into a file or a window (q or Esc ends it)."""
     capture = cv2.VideoCapture(source)
@@ -195,13 +211,7 @@ def run_on_video(detector: Detector, source: str | int, output: str | None) -> N
         raise UserError(f"cannot open {what}")
     target = partial = writer = None
     if output:
-        target = Path(output)
-        if target.suffix.lower() not in {".mp4", ".mkv", ".avi"}:
-            stem = "webcam" if isinstance(source, int) else Path(source).stem
-            require_folder(target)
-            target = target / f"{stem}.mp4"
-        if not isinstance(source, int) and target.resolve() == Path(source).resolve():
-            raise UserError(f"--output would overwrite the input {target}")
+        target = plan_video(source, output)
         make_folder(target.parent)
         # the container is chosen by the suffix
         partial = target.with_name(f".partial-{target.name}")
