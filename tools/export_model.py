@@ -85,7 +85,7 @@ def check(predictor: LSNetPredictor, load, data: bytes, path: str | None) -> Non
         if not found.count:
             logger.warning("Nothing was detected: give --check an image with objects")
         for name, value in found.differences.items():
-            if value > (SCORES if name.endswith("scores") else PIXELS):
+            if value > (SCORES if name.endswith(("scores", "masks")) else PIXELS):
                 raise UserError(
                     f"{height} x {width}: {name} differ from the model's by {value:.2g}"
                 )

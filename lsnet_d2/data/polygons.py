@@ -9,6 +9,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+from contourpy import FillType, contour_generator
 from pycocotools import mask as mask_util
 
 # A polygon is a line when no vertex is farther from its longest extent than this share of it.
@@ -266,6 +267,28 @@ def mask_holes(mask: np.ndarray) -> list[np.ndarray]:
         if label != outside and stats[label, cv2.CC_STAT_AREA] >= least
         for outline in mask_to_polygons(labels[1:-1, 1:-1] == label)
     ]
+
+
+def level_set(values: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Outlines of where interpolated values are above 0, and of the holes in it.
+
+    Args:
+        values: (H, W), at x = 0 to W - 1 and y = 0 to H - 1; beyond they fall below 0 within 1.
+
+    Returns:
+        Polygons, and holes.
+    """
+    # As far below 0 as the lowest value, so that the outline of what is cut off lies near the edge.
+    outside = min(values.min(initial=0), -1)
+    generator = contour_generator(
+        z=np.pad(values, 1, constant_values=outside), fill_type=FillType.OuterOffset
+    )
+    outlines, holes = [], []
+    for points, offsets in zip(*generator.filled(0, np.inf), strict=True):
+        outer, *inner = np.split(points - 1, offsets[1:-1])
+        outlines.append(outer[:-1])  # the first point is repeated
+        holes += [ring[:-1] for ring in inner]
+    return outlines, holes
 
 
 def clip_polygons(polygons: Sequence[np.ndarray], width: float, height: float) -> list[np.ndarray]:

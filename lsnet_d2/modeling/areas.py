@@ -49,18 +49,37 @@ class Lattice:
         cell = (high - low).clamp(min=1) * (extent / count)
         return Lattice((low + high) / 2 - cell * ((count - 1) / 2), cell, count)
 
+    def __getitem__(self, index: Tensor) -> "Lattice":
+        """Those of some of the polygons."""
+        return Lattice(self.first[index], self.cell[index], self.count)
+
+    @property
+    def places(self) -> Tensor:
+        """(N, K * K, 2) as x, y in pixels."""
+        ticks = torch.arange(self.count, dtype=self.cell.dtype, device=self.cell.device)
+        return self.first[:, None] + square_lattice(ticks) * self.cell[:, None]
+
+    @property
+    def boxes(self) -> Tensor:
+        """(N, 4) XYXY: what the cells around the places cover."""
+        low = self.first - self.cell / 2
+        return torch.cat([low, low + self.cell * self.count], dim=1)
+
     def covered(self, polygons: Tensor) -> Tensor:
         """(N, K * K) bool: places that polygons (N, P, 2) enclose."""
         in_cells = (polygons.detach() - self.first[:, None]) / self.cell[:, None]
         return cells_inside(in_cells, (self.count, self.count)).flatten(1)
 
+    def depth(self, polygons: Tensor) -> Tensor:
+        """(N, K * K): how far inside the polygons the places are, outside below 0, in cells;
+        differentiable."""
+        distance = distance_to_outline(polygons, self.places)
+        depth = torch.where(self.covered(polygons), distance, -distance)
+        return depth / self.cell.prod(dim=1).sqrt()[:, None]
+
     def coverage(self, polygons: Tensor) -> Tensor:
         """(N, K * K) from 0 to 1: :meth:`covered` with a soft edge, differentiable."""
-        ticks = torch.arange(self.count, dtype=self.cell.dtype, device=self.cell.device)
-        places = self.first[:, None] + square_lattice(ticks) * self.cell[:, None]
-        distance = distance_to_outline(polygons, places)
-        signed = torch.where(self.covered(polygons), distance, -distance)
-        return (signed / (_SOFTNESS * self.cell.prod(dim=1).sqrt()[:, None])).sigmoid()
+        return (self.depth(polygons) / _SOFTNESS).sigmoid()
 
 
 def area_iou(polygons: Tensor, others: Tensor) -> Tensor:
@@ -99,12 +118,19 @@ class SoftArea:
 def distance_to_outline(polygons: Tensor, places: Tensor) -> Tensor:
     """(N, M): from places (N, M, 2) to the nearest edge of polygons (N, P, 2), differentiable in
     these."""
-    pairs = _AT_ONCE_ON_CPU if places.is_cpu else _AT_ONCE
-    at_once = max(pairs // (places.shape[1] * polygons.shape[1]), 1)
-    parts = zip(polygons.detach().split(at_once), places.split(at_once), strict=True)
+    parts = [(polygons.detach(), places)]
+    if not torch.compiler.is_exporting():  # a loop over a number of parts that is not known
+        pairs = _AT_ONCE_ON_CPU if places.is_cpu else _AT_ONCE
+        at_once = max(pairs // (places.shape[1] * polygons.shape[1]), 1)
+        parts = zip(*(x.split(at_once) for x in parts[0]), strict=True)
     edge = torch.cat([_nearest_edge(*part) for part in parts])[..., None].expand(-1, -1, 2)
-    start, end = polygons.gather(1, edge), polygons.roll(-1, 1).gather(1, edge)
+    start, end = polygons.gather(1, edge), following(polygons).gather(1, edge)
     return (to_segment(places, start, end - start).square().sum(dim=2) + _TINY).sqrt()
+
+
+def following(vertices: Tensor) -> Tensor:
+    """(N, P, ...): of each vertex the next one. (torch.export cannot roll an unknown number.)"""
+    return torch.cat([vertices[:, 1:], vertices[:, :1]], dim=1)
 
 
 def to_segment(points: Tensor, start: Tensor, along: Tensor) -> Tensor:
@@ -124,7 +150,7 @@ def _nearest_edge(polygons: Tensor, places: Tensor) -> Tensor:
     """
     origin = places[:, :1]  # squares lose less to rounding; no vertex: it may be NaN
     polygons, places = polygons - origin, places - origin
-    along = polygons.roll(-1, 1) - polygons
+    along = following(polygons) - polygons
     length = along.square().sum(-1).clamp(min=_TINY)[:, None]
     onward = _dots(places, along, -(polygons * along).sum(-1))
     share = (onward / length).clamp_(0, 1)
@@ -150,7 +176,7 @@ def cells_inside(contours: Tensor, size: tuple[int, int]) -> Tensor:
     """
     height, width = size
     x, y = contours.unbind(-1)
-    x_next, y_next = x.roll(-1, 1), y.roll(-1, 1)
+    x_next, y_next = following(x), following(y)
     rows = torch.arange(height, dtype=x.dtype, device=x.device)
     crossed = (y[..., None] <= rows) != (y_next[..., None] <= rows)  # N, P, H
     rise = (y_next - y)[..., None]

@@ -99,33 +99,46 @@ class ContourBranch(LandmarkBranch):
     _SAMPLING = {36: [0, 5, 10, 15, 20, 25, 30, 35]}
     _VERTICES_PER_GROUP = 4
 
-    def __init__(self, *, num_points: int = 36, area_weight: float = 0.0, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        num_points: int = 36,
+        area_weight: float = 0.0,
+        traced_points: int = 0,
+        **kwargs: Any,
+    ) -> None:
         """
         Args:
             num_points: P, 8 to 128.
             area_weight: of the area beside the displacements, which the third stage loses.
+            traced_points: of final contours, 8 to 128; 0: these have the landmarks.
 
         Raises:
             ValueError: a number is out of range; the message names the config's key.
         """
-        if not MIN_POINTS <= num_points <= MAX_POINTS:
-            raise ValueError(
-                f"MODEL.LSNET.NUM_CONTOUR_POINTS is {num_points}; it must be from {MIN_POINTS} to "
-                f"{MAX_POINTS}"
-            )
+        counts = {"NUM_CONTOUR_POINTS": num_points, "TRACED_POINTS": traced_points or MIN_POINTS}
+        for key, count in counts.items():
+            if not MIN_POINTS <= count <= MAX_POINTS:
+                raise ValueError(
+                    f"MODEL.LSNET.{key} is {count}; it must be from {MIN_POINTS} to {MAX_POINTS}"
+                )
         if not area_weight >= 0:
             raise ValueError(
                 f"MODEL.LSNET.CONTOUR_AREA_LOSS_WEIGHT is {area_weight}; it must not be negative"
             )
         self.area_weight = area_weight
+        self.traced_points = traced_points
         sampling = self._SAMPLING.get(num_points, spread_indices(num_points, 8))
         super().__init__(num_landmarks=num_points, sampling_landmarks=sampling, **kwargs)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        node = cfg.MODEL.LSNET
         return {
-            "num_points": cfg.MODEL.LSNET.NUM_CONTOUR_POINTS,
-            "area_weight": cfg.MODEL.LSNET.CONTOUR_AREA_LOSS_WEIGHT,
+            "num_points": node.NUM_CONTOUR_POINTS,
+            "area_weight": node.CONTOUR_AREA_LOSS_WEIGHT,
+            # without a third stage nothing makes masks
+            "traced_points": node.TRACED_POINTS if node.POLISH_IN_FEATURES else 0,
         }
 
     def targets(self, instances: Instances) -> LandmarkTargets:
@@ -173,7 +186,7 @@ class ContourBranch(LandmarkBranch):
         Not so for vertices along several outlines, one of them a hole's: their order is another one
         in the mirrored image.
         """
-        return [0, *range(self.num_landmarks - 1, 0, -1)]
+        return [0, *range((self.traced_points or self.num_landmarks) - 1, 0, -1)]
 
     def overlap_and_penalty(self, vectors, target_vectors, boxes, targets):
         groups = self.num_landmarks // self._VERTICES_PER_GROUP

@@ -100,6 +100,8 @@ class LandmarkBranch(ABC):
         pred_field: field of ``Instances`` that holds the predicted landmarks.
         outlined: whether the landmarks are an object's outline, which :mod:`.outlines` can map.
         searchable: whether each landmark looks like itself, so that :mod:`.search` can find it.
+        traced_points: vertices of the final outline, if it is traced along a mask
+            (:mod:`.mask_head`); 0: it has the landmarks.
         score_field: field that holds their scores; "scores" are those of the detections.
     """
 
@@ -108,6 +110,7 @@ class LandmarkBranch(ABC):
     score_field = "scores"
     outlined = False
     searchable = False
+    traced_points = 0
 
     def __init__(
         self,

@@ -15,6 +15,7 @@ from .corner_verification import snap_boxes
 from .criterion import Criterion
 from .head import HeadOutput, LSNetHead
 from .landmarks import LandmarkBranch
+from .mask_head import LatticeMasks
 from .points import AnchorPoints, make_anchor_points
 from .polish import Polish, build_polish
 from .postprocessing import (
@@ -205,9 +206,13 @@ class LSNet(DenseDetector):
         """Detections of each image, in pixels of the network's input."""
         results = []
         for image, size in enumerate(images.image_sizes):
-            *detections, landmarks, landmark_scores = self.detect(
+            *detections, landmarks, landmark_scores, masks = self.detect(
                 points, predictions, fine, image, size
             )
+            landmarks = [
+                mask.trace(branch.traced_points, places) if mask is not None else places
+                for branch, places, mask in zip(self.branches, landmarks, masks, strict=True)
+            ]
             results.append(
                 make_instances(size, *detections, self.branches, landmarks, landmark_scores)
             )
@@ -220,7 +225,7 @@ class LSNet(DenseDetector):
         fine: list[Tensor],
         image: int,
         image_size: tuple[int, int],
-    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
+    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor], list[LatticeMasks | None]]:
         """Detections of one image, in pixels of the network's input. Boxes are clipped to the
         image, landmarks are not.
 
@@ -230,8 +235,8 @@ class LSNet(DenseDetector):
             image_size: (height, width).
 
         Returns:
-            Boxes (D, 4), scores (D,), classes (D,), and per branch landmarks (D, V, 2) and their
-            scores (D,); best first.
+            Boxes (D, 4), scores (D,), classes (D,), and per branch landmarks (D, V, 2), their
+            scores (D,), and the masks along which they are to be traced, if it has any; best first.
         """
         scores = predictions.logits[image].float().sigmoid()
         vectors = [vectors[image].float() for vectors in predictions.refine]
@@ -256,10 +261,10 @@ class LSNet(DenseDetector):
         )
         boxes, landmarks = boxes[point], [x[point] for x in landmarks]
         landmark_scores = [scores for _ in self.branches]
-        # On CUDA, attention of nothing is an error in torch 2.13 and 2.14.
-        if self.polish is not None and (torch.compiler.is_exporting() or len(scores)):
+        masks = [None for _ in self.branches]
+        if self.polish is not None:
             fine = [feature[image : image + 1] for feature in fine]
-            landmarks, landmark_scores = self.polished(fine, landmarks, scores, classes)
+            landmarks, landmark_scores, masks = self.polished(fine, landmarks, scores, classes)
             boxes = clip_boxes(self.branches[0].boxes(landmarks[0]), image_size)
             # An object found twice is now found twice at the same place.
             kept, classes, scores = select_detections(
@@ -271,17 +276,19 @@ class LSNet(DenseDetector):
             )
             boxes, landmarks = boxes[kept], [x[kept] for x in landmarks]
             landmark_scores = [x[kept] for x in landmark_scores]
+            masks = [x and x[kept] for x in masks]
         if self.test_soft_nms_sigma:
             decay = overlap_decay(boxes, classes, self.test_soft_nms_sigma)
             scores, order = (scores * decay).sort(descending=True)
             boxes, classes = boxes[order], classes[order]
             landmarks = [x[order] for x in landmarks]
             landmark_scores = [(x * decay)[order] for x in landmark_scores]
-        return boxes, scores, classes, landmarks, landmark_scores
+            masks = [x and x[order] for x in masks]
+        return boxes, scores, classes, landmarks, landmark_scores, masks
 
     def polished(
         self, fine: list[Tensor], landmarks: list[Tensor], scores: Tensor, classes: Tensor
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    ) -> tuple[list[Tensor], list[Tensor], list[LatticeMasks | None]]:
         """What the third stage makes of the D detections of an image.
 
         Args:
@@ -290,7 +297,7 @@ class LSNet(DenseDetector):
             scores, classes: (D,).
 
         Returns:
-            Per branch landmarks, and (D,) their scores.
+            Per branch landmarks, (D,) their scores, and masks, if it has any.
         """
         image = torch.zeros_like(scores, dtype=torch.long)
         last = self.polish(fine, image, landmarks, repeats=self.test_polish_repeats)[-1]
@@ -299,9 +306,16 @@ class LSNet(DenseDetector):
             for polished in last
         ]
         share = self.test_quality_share
+        landmarks = [polished.landmarks for polished in last]
+        boxes = self.branches[0].boxes(landmarks[0])
+        drawings = [
+            self.polish.drawing(branch.name, fine, image, boxes, polished)
+            for branch, polished in zip(self.branches, last, strict=True)
+        ]
         return (
-            [polished.landmarks for polished in last],
+            landmarks,
             [scores ** (1 - share) * quality**share for quality in qualities],
+            [draw and draw(slice(None)) for draw in drawings],
         )
 
 

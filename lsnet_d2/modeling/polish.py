@@ -16,7 +16,7 @@ it looks at where outlines teach these (:mod:`.outlines`) or landmarks are sough
 Letters: N points, V landmarks, C channels, K classes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,10 +27,12 @@ from torch import Tensor, nn
 from ..layers import PointSampler
 from .blocks import ConvNormAct, same_conv, set_prior
 from .landmarks import DISPLACEMENT_UNIT, LandmarkBranch
+from .mask_head import LatticeMasks, MaskHead
 from .outlines import OutlineMaps
 from .points import square_lattice
 from .search import LandmarkSearch, SearchResult
 
+_CHANNELS = 64
 _HEADS = 4
 _QUALITY_BEFORE_TRAINING = 0.2
 # How far landmarks are sought, in sizes of the object; in each further step half as far.
@@ -49,11 +51,13 @@ class Polished(NamedTuple):
         quality: (N, K) as logits: that of landmarks of an object of each class, 0 if it is of
             another; see :meth:`.LandmarkBranch.quality`.
         search: where the landmarks were found, if they were sought.
+        summary: (N, C), what the tokens say together, of which quality is read.
     """
 
     landmarks: Tensor
     quality: Tensor
     search: SearchResult | None
+    summary: Tensor
 
 
 class LandmarkTokens(nn.Module):
@@ -111,7 +115,7 @@ class PolishStep(nn.Module):
         num_classes: int,
         *,
         stride: int = 1,
-        channels: int = 64,
+        channels: int = _CHANNELS,
         num_layers: int = 2,
         grid: int = 0,
         reach: Mapping[str, float] | None = None,
@@ -183,14 +187,18 @@ class PolishStep(nn.Module):
                 searches[i] = branch.search(heatmaps[name], self.stride, image, landmarks[i], size)
                 guidance, suggested[i] = branch.guide(searches[i])
                 own[i] = own[i] + guidance
-        tokens = self.norm(self.layers(torch.cat([*own, of_grid], dim=1)))
+        tokens = torch.cat([*own, of_grid], dim=1)
+        # On CUDA, attention of nothing is an error in torch 2.13 and 2.14.
+        if self.training or torch.compiler.is_exporting() or len(tokens):
+            tokens = self.layers(tokens)
+        tokens = self.norm(tokens)
         *own, of_grid = tokens.split(counts, dim=1)
         polished = []
         for i, branch in enumerate(self.branches.values()):
             moves = branch.moves(own[i], suggested[i])
             moved = landmarks[i] + DISPLACEMENT_UNIT * size * moves.to(size)
-            quality = branch.quality(torch.cat([own[i], of_grid], dim=1).mean(dim=1))
-            polished.append(Polished(moved, quality, searches[i]))
+            summary = torch.cat([own[i], of_grid], dim=1).mean(dim=1)
+            polished.append(Polished(moved, branch.quality(summary), searches[i], summary))
         return polished
 
 
@@ -202,6 +210,8 @@ class Polish(nn.Module):
         outlines: of the branches that have any, what they teach the finest features.
         heatmaps: of those whose landmarks are sought, what makes the maps for it.
         towers: what the finest features go through before, for these maps alone.
+        masks: of the branches whose landmarks are traced along masks in the end, what makes these
+            from the finest features and from what the last step says.
     """
 
     def __init__(
@@ -213,13 +223,15 @@ class Polish(nn.Module):
         outlines: Mapping[str, OutlineMaps] | None = None,
         heatmaps: Mapping[str, nn.Module] | None = None,
         towers: Mapping[str, nn.Module] | None = None,
+        masks: Mapping[str, MaskHead] | None = None,
     ) -> None:
         """
         Args:
             in_features: names of the feature maps that are looked at, finest first.
             strides: of these.
             convs: what the finest goes through before, if anything.
-            steps, outlines, heatmaps, towers: see the class; each of the heat maps has a tower.
+            steps, outlines, heatmaps, towers, masks: see the class; each of the heat maps has a
+                tower.
         """
         super().__init__()
         self.in_features, self.strides = list(in_features), list(strides)
@@ -228,6 +240,7 @@ class Polish(nn.Module):
         self.outlines = nn.ModuleDict(outlines or {})
         self.heatmaps = nn.ModuleDict(heatmaps or {})
         self.towers = nn.ModuleDict(towers or {})
+        self.masks = nn.ModuleDict(masks or {})
 
     def features(self, features: Mapping[str, Tensor]) -> list[Tensor]:
         """The maps to look at, each (B, C, H, W), from those of the backbone."""
@@ -261,6 +274,33 @@ class Polish(nn.Module):
             results.append(step(sampler, image, landmarks, heatmaps))
             landmarks = [polished.landmarks.detach() for polished in results[-1]]
         return results
+
+    def drawing(
+        self,
+        branch: str,
+        features: list[Tensor],
+        image: Tensor,
+        boxes: Tensor,
+        polished: Polished,
+    ) -> Callable[[Tensor | slice], LatticeMasks] | None:
+        """What makes the masks of some of N points, given their indices; None: there are none.
+
+        Args:
+            branch: its name.
+            features: of :meth:`features`.
+            image: (N,), in which image the points are.
+            boxes: (N, 4) XYXY, of the objects.
+            polished: what the last step made of the branch's landmarks.
+        """
+        if branch not in self.masks:
+            return None
+
+        def draw(at: Tensor | slice) -> LatticeMasks:
+            return self.masks[branch](
+                features[0], image[at], boxes[at], polished.summary[at], polished.landmarks[at]
+            )
+
+        return draw
 
 
 def _grid_in_box(count: int) -> Tensor:
@@ -312,6 +352,7 @@ def build_polish(
             f"{names[0]}, {finest.channels}"
         )
     outlined = [b for b in branches if b.outlined and node.OUTLINE_MAPS]
+    traced = [b for b in branches if b.traced_points]
     searchable = [b for b in branches if b.searchable and node.KEYPOINT_SEARCH]
     steps = [
         PolishStep(
@@ -324,7 +365,7 @@ def build_polish(
         )
         for number in range(node.POLISH_STEPS)
     ]
-    convs = _convs(finest.channels, _NUM_CONVS if outlined or searchable else 0)
+    convs = _convs(finest.channels, _NUM_CONVS if outlined or searchable or traced else 0)
     outlines = {
         branch.name: OutlineMaps(
             channels=finest.channels,
@@ -336,4 +377,7 @@ def build_polish(
     }
     heatmaps = {b.name: same_conv(finest.channels, b.num_landmarks, 1) for b in searchable}
     towers = {b.name: _convs(finest.channels, node.KEYPOINT_SEARCH_CONVS) for b in searchable}
-    return Polish(names, strides, steps, convs, outlines, heatmaps, towers)
+    masks = {
+        branch.name: MaskHead(finest.channels, _CHANNELS, stride=finest.stride) for branch in traced
+    }
+    return Polish(names, strides, steps, convs, outlines, heatmaps, towers, masks)

@@ -4,7 +4,7 @@ Letters: B images, A anchor points of all levels together, K classes, V landmark
 points.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor
 from .assigners import pairwise_iou_inverted
 from .head import HeadOutput
 from .landmarks import LandmarkBranch, LandmarkTargets, as_indices
+from .mask_head import LatticeMasks
 from .outlines import known_cells
 from .points import AnchorPoints
 from .polish import Polish, Polished
@@ -36,13 +37,14 @@ class PolishCriterion:
         negatives: int = 12,
         quality_loss_weight: float = 0.25,
         search_loss_weight: float = 0.25,
+        mask_loss_weight: float = 1.0,
     ) -> None:
         """
         Args:
             positives: anchor points of each object, chosen at random; 0: all of the refine stage.
             negatives: of each image, at most.
-            quality_loss_weight, search_loss_weight: beside the branches' own weights, of their
-                landmarks.
+            quality_loss_weight, search_loss_weight, mask_loss_weight: beside the branches' own
+                weights, of their landmarks.
 
         Raises:
             ValueError: a number is negative; the message names the config's key.
@@ -54,6 +56,7 @@ class PolishCriterion:
         self.negatives = negatives
         self.quality_loss_weight = quality_loss_weight
         self.search_loss_weight = search_loss_weight
+        self.mask_loss_weight = mask_loss_weight
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
@@ -62,6 +65,7 @@ class PolishCriterion:
             "negatives": cfg.MODEL.LSNET.POLISH_NEGATIVES,
             "quality_loss_weight": cfg.MODEL.LSNET.QUALITY_LOSS_WEIGHT,
             "search_loss_weight": cfg.MODEL.LSNET.KEYPOINT_SEARCH_LOSS_WEIGHT,
+            "mask_loss_weight": cfg.MODEL.LSNET.MASK_LOSS_WEIGHT,
         }
 
     def __call__(
@@ -99,6 +103,7 @@ class PolishCriterion:
         classes = torch.cat(truth.classes)
         targets = [found.targets for found in samples]
         of_quality, *of_landmarks = normalizers(positives, targets, len(background))
+        boxes = samples[0].branch.boxes(steps[-1][0].landmarks)
         losses = {}
         for found, divisor, *polished in zip(samples, of_landmarks, *steps, strict=True):
             losses |= self.branch_losses(
@@ -110,6 +115,7 @@ class PolishCriterion:
                 classes,
                 divisor,
                 of_quality,
+                polish.drawing(found.branch.name, fine, candidates.image, boxes, polished[-1]),
             )
         return losses
 
@@ -187,10 +193,13 @@ class PolishCriterion:
         classes: Tensor,
         normalizer: Tensor,
         quality_normalizer: Tensor,
+        draw: Callable[[Tensor], LatticeMasks] | None = None,
     ) -> dict[str, Tensor]:
-        """Losses of a branch: means over the steps of the third stage.
+        """Losses of a branch: means over the steps of the third stage, and of masks that the last
+        one leads to.
 
-        What a step says of the quality of landmarks is learned from what it makes of them.
+        What a step says of the quality of landmarks is learned from what it makes of them, the
+        last one's from the masks, if there are any.
 
         Args:
             steps: what each makes of N candidates, positives and behind them negatives.
@@ -199,6 +208,7 @@ class PolishCriterion:
             targets, classes: of the objects of all images.
             normalizer: scalar, what the losses of landmarks are divided by.
             quality_normalizer: what that of quality is divided by, for which negatives count too.
+            draw: makes the masks of some of the candidates, if the branch has masks.
         """
         # Of a candidate without an object it is known that nothing is there, of one with an object
         # from which the branch learns, what.
@@ -212,15 +222,20 @@ class PolishCriterion:
         owner = objects[judged]
         compared = targets[owner]
         known = torch.cat([judged, torch.nonzero(nothing).squeeze(1)])
+        reached = [branch.quality(step.landmarks[judged].detach(), compared) for step in steps]
+        masking = []
+        if draw is not None:
+            masks = draw(judged)
+            reached[-1] = masks.iou(compared.landmarks)
+            masking.append((masks.loss(compared.landmarks) * (judged < num_positives)).sum())
         displacement, judgement, searching = [], [], []
-        for moved, logits, search in steps:
+        for (moved, logits, search, _), iou in zip(steps, reached, strict=True):
             if search is not None:
                 loss = search[learned].loss(taught.landmarks, taught.visible)
                 searching.append(loss.sum())
             displacement.append(branch.displacement_loss(moved[learned], taught).sum())
             quality = torch.zeros_like(logits, dtype=torch.float32)
-            reached = branch.quality(moved[judged].detach(), compared)
-            quality[judged, classes[owner]] = reached.to(quality)
+            quality[judged, classes[owner]] = iou.to(quality)
             judgement.append(
                 F.binary_cross_entropy_with_logits(
                     logits[known].float(), quality[known], reduction="sum"
@@ -232,6 +247,7 @@ class PolishCriterion:
                 ("polish", branch.loss_weights["polish"], displacement, normalizer),
                 ("quality", self.quality_loss_weight, judgement, quality_normalizer),
                 ("search", self.search_loss_weight, searching, normalizer),
+                ("mask", self.mask_loss_weight, masking, normalizer),
             )
             if losses
         }

@@ -265,7 +265,8 @@ class LSNetWithTTA(nn.Module):
         boxes, means, scores, classes = detections
         means = list(means.split([points.shape[1] for points in found], dim=1))
         for number, branch in enumerate(branches):
-            if self.method != "vote" or (branch.outlined and not self.outlines_vote):
+            votes = not branch.outlined or (self.outlines_vote and not branch.traced_points)
+            if self.method != "vote" or not votes:
                 means[number] = found[number][best]
         # Landmarks are as much better or worse than the object as in its best detection.
         gain = scores / instances.scores[best].clamp(min=_TINY)

@@ -7,9 +7,6 @@ import numpy as np
 import onnxruntime
 from PIL import Image, ImageDraw, ImageOps
 
-THRESHOLD = 0.5  # lowest score that is drawn
-COLOURS = ["#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#f032e6"]
-
 
 def predict(session: onnxruntime.InferenceSession, image: Image.Image) -> list[dict]:
     """Detections in an RGB image, best first; boxes and points as x, y in its pixels."""
@@ -19,8 +16,7 @@ def predict(session: onnxruntime.InferenceSession, image: Image.Image) -> list[d
     pixels = np.asarray(image.resize(size, Image.Resampling.BILINEAR))
     pixels = pixels[:, :, :: -1 if about["input_format"] == "BGR" else 1]
     outputs = session.run(None, {"image": np.ascontiguousarray(pixels.transpose(2, 0, 1))})
-    names, back = [x.name for x in session.get_outputs()], np.array(image.size) / size
-    found = []
+    names, back, found = [x.name for x in session.get_outputs()], np.array(image.size) / size, []
     for values in zip(*outputs, strict=True):
         thing = dict(zip(names, values, strict=True))
         box = thing.pop("boxes").reshape(2, 2) * back
@@ -28,26 +24,30 @@ def predict(session: onnxruntime.InferenceSession, image: Image.Image) -> list[d
             continue
         name, score = about["class_names"][thing.pop("classes")], float(thing.pop("scores"))
         entry = {"class": name, "score": score, "box": box.flatten().tolist()}
-        for kind, value in thing.items():  # scores, or points; keypoints have a third column
-            value = np.hstack([value[:, :2] * back, value[:, 2:]]) if value.ndim else value
+        for kind, value in thing.items():  # scores, masks, or points, with a score of keypoints
+            if value.ndim and kind != "masks":
+                value = np.hstack([value[:, :2] * back, value[:, 2:]])
             entry[kind] = value.tolist()
         found.append(entry | ({"skeleton": about["skeleton"]} if "keypoints" in entry else {}))
     return found
 
 
 def draw(picture: Image.Image, found: list[dict]) -> None:
-    """Boxes, contours and skeletons of what is above the threshold."""
+    """Boxes, contours or masks, and skeletons of what has a score above 0.5."""
     canvas, width = ImageDraw.Draw(picture), max(1, min(picture.size) // 200)
-    for number, thing in enumerate(x for x in found if x["score"] > THRESHOLD):
-        colour = COLOURS[number % len(COLOURS)]
+    for number, thing in enumerate(x for x in found if x["score"] > 0.5):
+        colour = f"hsl({number * 67 % 360}, 80%, 45%)"
         canvas.rectangle(thing["box"], outline=colour, width=width)
         canvas.text(thing["box"][:2], f"{thing['class']} {thing['score']:.2f}", fill=colour)
+        if "masks" in thing:  # probabilities in cells that fill a box, here given by two corners
+            (x1, y1), (x2, y2) = np.floor(thing["mask_boxes"]).astype(int).tolist()
+            mask = Image.fromarray(np.float32(thing["masks"])).resize((x2 - x1 + 1, y2 - y1 + 1))
+            picture.paste(colour, (x1, y1), Image.fromarray(np.uint8(120 * (np.array(mask) > 0.5))))
         outline = [tuple(point) for point in thing.get("contours", [])]
         canvas.line(outline + outline[:1], fill=colour, width=width)
         for bone in thing.get("skeleton", []):
-            ends = [thing["keypoints"][end] for end in bone]
-            if min(score for _, _, score in ends) > THRESHOLD:
-                canvas.line([(x, y) for x, y, _ in ends], fill=colour, width=2 * width)
+            ends = [thing["keypoints"][end] for end in bone if thing["keypoints"][end][2] > 0.5]
+            canvas.line([(x, y) for x, y, _ in ends], fill=colour, width=2 * width)
 
 
 if __name__ == "__main__":

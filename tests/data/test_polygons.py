@@ -16,11 +16,13 @@ from lsnet_d2.data.polygons import (
     clip_polygons,
     decode_rle,
     is_usable,
+    level_set,
     mask_holes,
     mask_to_polygons,
     polygons_to_rle,
     segmentation_to_outlines,
     segmentation_to_polygons,
+    signed_area,
 )
 
 SQUARE = np.array([[0, 0], [10, 0], [10, 10], [0, 10]], dtype=float)
@@ -291,3 +293,32 @@ def test_rle_of_bad_polygons():
         polygons_to_rle(SQUARE[None, :2], 20, 30)
     with pytest.raises(ValueError, match="not finite"):
         polygons_to_rle(SQUARE[None] * np.nan, 20, 30)
+
+
+class TestLevelSet:
+    def test_of_a_disc_with_a_hole(self):
+        y, x = np.mgrid[:41, :51]
+        distance = np.hypot(x - 25.3, y - 20.6)
+        (outer,), (hole,) = level_set(5 - np.abs(distance - 10))
+        for outline, radius in ((outer, 15), (hole, 5)):
+            lengths = np.hypot(*(outline - [25.3, 20.6]).T)
+            assert np.abs(lengths - radius).max() < 0.1
+            assert not np.array_equal(outline[0], outline[-1])
+            assert abs(signed_area(outline)) == pytest.approx(np.pi * radius**2, rel=0.02)
+
+    def test_of_two_parts(self):
+        values = -np.ones((9, 12))
+        values[2:5, 1:4] = values[6:8, 7:11] = 1
+        parts, holes = level_set(values)
+        # half a cell further than the cells above 0
+        assert sorted(bounding_box([part]).tolist() for part in parts) == [
+            [0.5, 1.5, 3.5, 4.5],
+            [6.5, 5.5, 10.5, 7.5],
+        ]
+        assert holes == []
+
+    def test_of_nothing_and_of_all(self):
+        assert level_set(-np.ones((4, 5))) == ([], [])
+        (all_of_it,), holes = level_set(np.ones((4, 5)))
+        assert bounding_box([all_of_it]).tolist() == [-0.5, -0.5, 4.5, 3.5]
+        assert holes == []

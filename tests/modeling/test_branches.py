@@ -130,6 +130,14 @@ class TestContourBranch:
         with pytest.raises(ValueError, match=r"NUM_CONTOUR_POINTS.*8 to 128"):
             ContourBranch(num_points=num_points)
 
+    def test_final_contours_may_have_other_vertices(self):
+        assert ContourBranch().traced_points == 0
+        branch = ContourBranch(traced_points=72)
+        assert branch.num_landmarks == 36
+        assert branch.flip_indices([]) == [0, *range(71, 0, -1)]
+        with pytest.raises(ValueError, match=r"TRACED_POINTS is 7; it must be from 8 to 128"):
+            ContourBranch(traced_points=7)
+
     def test_objects_without_a_contour_are_absent(self):
         instances = Instances((100, 100))
         contours = torch.rand(3, 36, 2) * 50

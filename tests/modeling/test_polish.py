@@ -41,10 +41,10 @@ def test_nothing_moves_at_first():
     polish = one_step()
     landmarks = torch.rand(3, 5, 2) * 30
     features, image = reading(torch.randn(2, 8, 10, 10)), torch.tensor([0, 1, 1])
-    ((moved, quality, _),) = polish(features, image, [landmarks])
+    ((moved, quality, *_),) = polish(features, image, [landmarks])
     torch.testing.assert_close(moved, landmarks)
     assert quality.shape == (3, 3)
-    ((moved, quality, _),) = polish(features, image[:0], [landmarks[:0]])
+    ((moved, quality, *_),) = polish(features, image[:0], [landmarks[:0]])
     assert moved.shape == (0, 5, 2) and quality.shape == (0, 3)
 
 
@@ -116,7 +116,7 @@ def test_the_last_step_may_be_made_again():
                 for branch, v in zip(model.branches, predictions.refine, strict=True)
             ]
             scores, classes = torch.ones(20), torch.zeros(20, dtype=torch.long)
-            after, _ = model.polished(fine, before, scores, classes)
+            after, *_ = model.polished(fine, before, scores, classes)
         size = (before[0].amax(1) - before[0].amin(1)).norm(dim=1)
         return (after[2] - before[2])[:, 0, 0] / (0.1 * size)
 
@@ -322,7 +322,9 @@ def test_detections_that_meet_are_one():
 
     class Meeting(torch.nn.Module):
         def forward(self, features, image, landmarks, heatmaps):
-            return [Polished(x[:1].expand_as(x), torch.zeros(len(x), 3), None) for x in landmarks]
+            return [
+                Polished(x[:1].expand_as(x), torch.zeros(len(x), 3), None, None) for x in landmarks
+            ]
 
     with torch.no_grad():
         model.polish.steps = torch.nn.ModuleList([Meeting()])
@@ -337,12 +339,12 @@ def test_boxes_are_clipped_before_they_are_compared():
 
     class Outwards(torch.nn.Module):
         def forward(self, features, image, landmarks, heatmaps):
-            return [Polished(3 * x - 96, torch.zeros(len(x), 3), None) for x in landmarks]
+            return [Polished(3 * x - 96, torch.zeros(len(x), 3), None, None) for x in landmarks]
 
     with torch.no_grad():
         model.polish.steps = torch.nn.ModuleList([Outwards()])
         image = model.preprocess_image([make_input(BOXES, [0, 1, 2])])
-        boxes, *_, landmarks, _ = model.detect(*model.predict(image.tensor), 0, (96, 96))
+        boxes, *_, landmarks, _, _ = model.detect(*model.predict(image.tensor), 0, (96, 96))
     assert (landmarks[0] < 0).any() and (landmarks[0] > 96).any()
     assert boxes.amin() == 0 and boxes.amax() == 96
 

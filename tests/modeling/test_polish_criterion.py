@@ -88,16 +88,17 @@ class TestLosses:
         self.start = self.landmarks + torch.tensor([0.0, 5.0])
         self.targets = LandmarkTargets.make(self.landmarks, self.branch.boxes(self.landmarks))
 
-    def losses(self, objects, num_positives, steps, targets=None):
-        return PolishCriterion(quality_loss_weight=2.0).branch_losses(
+    def losses(self, objects, num_positives, steps, targets=None, draw=None):
+        return PolishCriterion(quality_loss_weight=2.0, mask_loss_weight=5.0).branch_losses(
             self.branch,
-            [Polished(*step, None) for step in steps],
+            [Polished(*step, None, None) for step in steps],
             torch.tensor(objects),
             num_positives,
             self.targets if targets is None else targets,
             torch.tensor([1]),
             torch.tensor(2.0),
             torch.tensor(4.0),
+            draw,
         )
 
     def test_places(self):
@@ -131,6 +132,37 @@ class TestLosses:
                     other[sample, of_class] += change
                     if 0 <= other[sample, of_class] <= 1:
                         assert loss(other) > least + 1e-3
+
+    def test_masks(self):
+        """What the last step leads to is judged, also of negatives; positives learn."""
+
+        class Masks:
+            def iou(self, true):
+                assert true.shape == (3, 4, 2)
+                return torch.tensor([0.5, 0.25, 0.75])
+
+            def loss(self, true):
+                return torch.tensor([1.0, 2.0, 4.0])
+
+        drawn = []
+
+        def draw(at):
+            drawn.append(at.tolist())
+            return Masks()
+
+        def loss(first, last):
+            quality = torch.zeros(2, 4, 3)
+            quality[0, :, 1], quality[1, :, 1] = torch.tensor([first, last])
+            logits = quality.clamp(1e-4, 1 - 1e-4).logit()
+            moved = self.landmarks.expand(4, 4, 2)
+            return self.losses([0, 0, 0, -1], 2, [(moved, x) for x in logits], draw=draw)
+
+        right = [1, 1, 1, 0], [0.5, 0.25, 0.75, 0]
+        losses = loss(*right)
+        assert losses["loss_bbox_mask"].item() == pytest.approx(5 * (1 + 2) / 2)
+        assert drawn == [[0, 1, 2]]
+        for wrong in ([right[1], right[1]], [right[0], right[0]]):
+            assert loss(*wrong)["loss_bbox_quality"] > losses["loss_bbox_quality"] + 0.1
 
     def test_objects_from_which_a_branch_learns_nothing(self):
         """Of these only what is no object counts, the last candidate."""
