@@ -119,7 +119,7 @@ def add_lsnet_config(cfg: CN) -> None:
     # Weight of the loss of the search for keypoints.
     cfg.MODEL.LSNET.KEYPOINT_SEARCH_LOSS_WEIGHT = 0.25
     # Weight of the loss of the masks that contours are traced along.
-    cfg.MODEL.LSNET.MASK_LOSS_WEIGHT = 1.0
+    cfg.MODEL.LSNET.MASK_LOSS_WEIGHT = 2.0
     # Weights of the losses of maps of outlines: of what covers a cell, of where an outline is.
     cfg.MODEL.LSNET.OUTLINE_MAPS_LOSS_WEIGHTS = [4.0, 0.5]
     # Weights of the losses of corner verification: heat maps, offsets, semantic map.

@@ -96,7 +96,9 @@ def test_trains_and_predicts(name):
     for branch in getattr(model, "branches", []):
         landmarks = instances.get(branch.pred_field)
         assert landmarks.isfinite().all()
-        assert len(landmarks) == len(instances) and landmarks.shape[1] == branch.num_vectors - 1
+        assert len(landmarks) == len(instances) and landmarks.shape[1] == (
+            branch.traced_points or branch.num_landmarks
+        )
 
 
 @pytest.mark.parametrize("name", [n for n in names(True) if n not in FRAGMENTS])

@@ -27,9 +27,10 @@ from .blocks import ConvNormAct
 _COUNT = 28
 # What a lattice covers, relative to the box that was found; the true one may be larger.
 _EXTENT = 1.2
-# Of the map that filters read, and of what they make of it.
-_CHANNELS = 16
-_HIDDEN = 8
+# Of the map that filters read, of what they make of it, and convolutions before it.
+_CHANNELS = 32
+_HIDDEN = 16
+_NUM_CONVS = 2
 # How much finer this map is than the one that it is made from.
 _FINER = 2
 # How far inside or outside the contour a place counts as being, in cells of the lattice.
@@ -110,7 +111,7 @@ class MaskHead(nn.Module):
         super().__init__()
         self.stride = stride // _FINER
         self.features = nn.Sequential(
-            ConvNormAct(in_channels, in_channels),
+            *(ConvNormAct(in_channels, in_channels) for _ in range(_NUM_CONVS)),
             nn.Conv2d(in_channels, _CHANNELS * _FINER**2, 3, padding=1),
             nn.PixelShuffle(_FINER),
         )

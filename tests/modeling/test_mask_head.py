@@ -145,7 +145,7 @@ class TestMaskHead:
     def test_each_object_has_layers_of_its_own(self):
         masks = self.masks()
         maps = self.head.features(self.features)
-        assert maps.shape == (2, 16, 40, 48)
+        assert maps.shape == (2, 32, 40, 48)
         for number in range(3):
             places = masks.lattice.places[number]
             to = 2 * places / 2 / torch.tensor([47.0, 39.0]) - 1
@@ -161,14 +161,14 @@ class TestMaskHead:
                 dim=1,
             )
             filters = self.head.filters(self.summary[number])
-            for inputs, outputs in ((19, 8), (8, 8), (8, 1)):
+            for inputs, outputs in ((35, 16), (16, 16), (16, 1)):
                 weight, bias, filters = filters.split(
                     [inputs * outputs, outputs, len(filters) - (inputs + 1) * outputs]
                 )
                 values = values @ weight.view(inputs, outputs) + bias
                 if outputs > 1:
                     values = values.relu()
-            torch.testing.assert_close(masks.logits[number], values[:, 0], rtol=1e-4, atol=1e-3)
+            torch.testing.assert_close(masks.logits[number], values[:, 0], rtol=1e-3, atol=1e-2)
 
     def test_objects_see_their_own_image(self):
         features = self.features.clone()
