@@ -72,14 +72,16 @@ def assert_same(model, run, image, places=1e-4, scores=1e-4, at_least=5):
     """
     Args:
         places: how far they may be from one another, relative to the image's longer side. Rounding
-            grows on its way through random weights, on some processors more than on others.
+            grows on its way through random weights, on some processors more than on others. Masks
+            depend on how far from contours places are.
     """
     module = DetectingModule(model)
     pixels = places * max(image.shape[1:])
     found = compare(module.output_names, module(image), run(image))
     assert found.count >= at_least and found.missing == 0
     for name, value in found.differences.items():
-        assert value <= (scores if name.endswith(("scores", "masks")) else pixels), (name, value)
+        most = 0.01 if name == "masks" else scores if name.endswith("scores") else pixels
+        assert value <= most, (name, value)
     return found
 
 

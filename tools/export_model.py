@@ -31,7 +31,7 @@ from lsnet_d2.files import atomic_write, require_new_file
 
 FORMATS = {"onnx": (export_onnx, load_onnx), "torch_export": (export_program, load_program)}
 # Pixels and scores by which the file may differ from the model.
-PIXELS, SCORES = 0.05, 1e-3
+PIXELS, SCORES, MASKS = 0.05, 1e-3, 0.02
 SCENE_SIZE = 320
 
 logger = logging.getLogger("lsnet_d2.export")
@@ -85,7 +85,8 @@ def check(predictor: LSNetPredictor, load, data: bytes, path: str | None) -> Non
         if not found.count:
             logger.warning("Nothing was detected: give --check an image with objects")
         for name, value in found.differences.items():
-            if value > (SCORES if name.endswith(("scores", "masks")) else PIXELS):
+            most = MASKS if name == "masks" else SCORES if name.endswith("scores") else PIXELS
+            if value > most:
                 raise UserError(
                     f"{height} x {width}: {name} differ from the model's by {value:.2g}"
                 )

@@ -273,16 +273,16 @@ def level_set(values: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Outlines of where interpolated values are above 0, and of the holes in it.
 
     Args:
-        values: (H, W), at x = 0 to W - 1 and y = 0 to H - 1; beyond they fall below 0 within 1.
+        values: (H, W), at x = 0 to W - 1 and y = 0 to H - 1. What is above 0 at an edge ends half a
+            cell beyond.
 
     Returns:
         Polygons, and holes.
     """
-    # As far below 0 as the lowest value, so that the outline of what is cut off lies near the edge.
-    outside = min(values.min(initial=0), -1)
-    generator = contour_generator(
-        z=np.pad(values, 1, constant_values=outside), fill_type=FillType.OuterOffset
-    )
+    padded = np.pad(values, 1, mode="edge")
+    for border in (padded[0], padded[-1], padded[:, 0], padded[:, -1]):
+        border[:] = -np.abs(border)
+    generator = contour_generator(z=padded, fill_type=FillType.OuterOffset)
     outlines, holes = [], []
     for points, offsets in zip(*generator.filled(0, np.inf), strict=True):
         outer, *inner = np.split(points - 1, offsets[1:-1])

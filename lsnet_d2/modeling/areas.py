@@ -128,6 +128,13 @@ def distance_to_outline(polygons: Tensor, places: Tensor) -> Tensor:
     return (to_segment(places, start, end - start).square().sum(dim=2) + _TINY).sqrt()
 
 
+def signed_areas(polygons: Tensor) -> Tensor:
+    """(N,): of polygons (N, P, 2), in square pixels; negative if they run counter-clockwise as seen
+    on the screen."""
+    (x, y), (x_next, y_next) = polygons.unbind(-1), following(polygons).unbind(-1)
+    return (x * y_next - y * x_next).sum(-1) / 2
+
+
 def following(vertices: Tensor) -> Tensor:
     """(N, P, ...): of each vertex the next one. (torch.export cannot roll an unknown number.)"""
     return torch.cat([vertices[:, 1:], vertices[:, :1]], dim=1)

@@ -15,7 +15,7 @@ from ..data.contours import MAX_POINTS, MIN_POINTS
 from ..data.keypoints import keypoint_flip_indices
 from ..structures import ContourMasks
 from ..tasks import branch_weights
-from .areas import area_iou
+from .areas import area_iou, following, signed_areas
 from .assigners import pairwise_iou_inverted
 from .landmarks import LandmarkBranch, LandmarkTargets, clip_points, span_boxes, spread_indices
 from .losses import box_penalty, cross_iou, cross_iou_grouped, cross_iou_per_coordinate
@@ -314,17 +314,11 @@ class KeypointBranch(LandmarkBranch):
 
 def _slenderness(contours: Tensor) -> Tensor:
     """(N,): length of contours (N, P, 2) times their size over area, 1 for squares; limited."""
-    following = contours.roll(-1, 1)
-    length = (following - contours).norm(dim=-1).sum(1)
-    area = _cross(contours, following).sum(1).abs() / 2
+    length = (following(contours) - contours).norm(dim=-1).sum(1)
     size = (contours.amax(1) - contours.amin(1)).norm(dim=1)
     of_square = 4 * 2**0.5
-    return (length * size / (of_square * area.clamp(min=1))).clamp(*_SLENDERNESS)
-
-
-def _cross(a: Tensor, b: Tensor) -> Tensor:
-    """z of the vector product of (..., 2)."""
-    return a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0]
+    area = signed_areas(contours).abs().clamp(min=1)
+    return (length * size / (of_square * area)).clamp(*_SLENDERNESS)
 
 
 BRANCHES: dict[str, type[LandmarkBranch]] = {
@@ -353,6 +347,11 @@ def build_branches(cfg: CfgNode) -> list[LandmarkBranch]:
         raise ValueError(
             f"MODEL.LSNET.KEYPOINT_CLASSES names {outside}; classes are counted from 0, and "
             f"MODEL.LSNET.NUM_CLASSES is {classes}"
+        )
+    if cfg.MODEL.LSNET.TRACED_POINTS and "contour" in weights and boxes_of_keypoints:
+        raise ValueError(
+            "MODEL.LSNET.TRACED_POINTS is not 0, but where the keypoints supply the boxes a mask "
+            "within one shows a part of the object"
         )
     if cfg.MODEL.LSNET.TRAIN_UNLABELLED_POSES and boxes_of_keypoints:
         raise ValueError(

@@ -261,8 +261,9 @@ class LSNet(DenseDetector):
         )
         boxes, landmarks = boxes[point], [x[point] for x in landmarks]
         landmark_scores = [scores for _ in self.branches]
-        masks = [None for _ in self.branches]
-        if self.polish is not None:
+        masks = [LatticeMasks.none(boxes) if b.traced_points else None for b in self.branches]
+        # On CUDA, attention of nothing is an error in torch 2.13 and 2.14.
+        if self.polish is not None and (torch.compiler.is_exporting() or len(scores)):
             fine = [feature[image : image + 1] for feature in fine]
             landmarks, landmark_scores, masks = self.polished(fine, landmarks, scores, classes)
             boxes = clip_boxes(self.branches[0].boxes(landmarks[0]), image_size)

@@ -5,7 +5,7 @@ missing, or a slit has been filled. So where there are outlines, the third stage
 place in the box, too. What its tokens say of an object makes three small layers for this object
 alone (CondInst, arXiv 2003.05664): from features at the place, of the finest map, where it is in
 the box, and how far inside the contour, to whether the object covers it. The outline of what is
-covered, as as many vertices as before, is the final contour.
+covered is the final contour.
 
 Letters: N objects, B images, C channels, (H, W) the size of the finest map, K rows and columns of a
 lattice, P vertices.
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..data.contours import resample_contour
 from ..data.polygons import level_set
 from ..layers import PointSampler
-from .areas import Lattice
+from .areas import Lattice, signed_areas
 from .blocks import ConvNormAct
 
 _COUNT = 28
@@ -59,10 +59,20 @@ class LatticeMasks:
         count = self.lattice.count
         return self.logits.float().sigmoid().unflatten(1, (count, count))
 
+    @staticmethod
+    def none(like: Tensor) -> "LatticeMasks":
+        """Masks of no objects."""
+        nothing = like.new_zeros(0, 2)
+        return LatticeMasks(like.new_zeros(0, _COUNT**2), Lattice(nothing, nothing, _COUNT))
+
     def iou(self, true: Tensor) -> Tensor:
-        """(N,): with polygons (N, P, 2), on the lattices; 0 where nothing covers a place."""
+        """(N,): with polygons (N, P, 2), whose parts beyond a lattice count too; 0 where nothing
+        covers a place."""
         found, covered = self.logits > 0, self.lattice.covered(true)
-        return (found & covered).sum(1) / (found | covered).sum(1).clamp(min=1)
+        shared = (found & covered).sum(1)
+        area = signed_areas(true).abs() / self.lattice.cell.prod(dim=1)
+        union = found.sum(1) + torch.maximum(area, covered.sum(1)) - shared
+        return shared / union.clamp(min=1)
 
     def loss(self, true: Tensor) -> Tensor:
         """(N,): cross-entropy, the mean over a lattice, and 1 minus the Dice coefficient (arXiv
@@ -83,18 +93,22 @@ class LatticeMasks:
             contours: (N, P, 2), taken where a mask covers nothing.
 
         Returns:
-            (N, P', 2).
+            (N, P', 2); NaN where neither is finite.
         """
         count = self.lattice.count
-        logits = self.logits.double().cpu().numpy().reshape(len(contours), count, count)
-        first, cell = (x.double().cpu().numpy() for x in (self.lattice.first, self.lattice.cell))
-        traced = np.empty((len(contours), num_points, 2))
-        for number, contour in enumerate(contours.double().cpu().numpy()):
+        lattice = self.lattice.first, self.lattice.cell
+        logits, first, cell, vertices = (
+            x.detach().cpu().double().numpy() for x in (self.logits, *lattice, contours)
+        )
+        traced = np.full((len(vertices), num_points, 2), np.nan)
+        for number, contour in enumerate(vertices):
             parts, holes = (
                 [first[number] + cell[number] * ring for ring in rings]
-                for rings in level_set(logits[number])
+                for rings in level_set(logits[number].reshape(count, count))
             )
-            traced[number] = resample_contour(parts or [contour], num_points, holes=holes)
+            parts = parts or [contour]
+            if all(np.isfinite(part).all() for part in parts):
+                traced[number] = resample_contour(parts, num_points, holes=holes)
         return torch.from_numpy(traced).to(contours)
 
 
@@ -106,10 +120,10 @@ class MaskHead(nn.Module):
         Args:
             in_channels: C.
             token_channels: of what is said of an object.
-            stride: of the finest features.
+            stride: of the finest features, even.
         """
         super().__init__()
-        self.stride = stride // _FINER
+        self.map_stride = stride // _FINER
         self.features = nn.Sequential(
             *(ConvNormAct(in_channels, in_channels) for _ in range(_NUM_CONVS)),
             nn.Conv2d(in_channels, _CHANNELS * _FINER**2, 3, padding=1),
@@ -138,7 +152,7 @@ class MaskHead(nn.Module):
         """
         lattice = Lattice.over(boxes.detach().unflatten(1, (2, 2)), _COUNT, _EXTENT)
         places = lattice.places
-        seen = PointSampler([self.features(features)], [self.stride])(image, places)
+        seen = PointSampler([self.features(features)], [self.map_stride])(image, places)
         low, high = lattice.boxes[:, None].chunk(2, dim=2)
         within = (places - low) / (high - low) - 0.5
         depth = lattice.depth(contours.detach()).clamp(-_FARTHEST, _FARTHEST) / _FARTHEST

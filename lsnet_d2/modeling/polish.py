@@ -187,11 +187,7 @@ class PolishStep(nn.Module):
                 searches[i] = branch.search(heatmaps[name], self.stride, image, landmarks[i], size)
                 guidance, suggested[i] = branch.guide(searches[i])
                 own[i] = own[i] + guidance
-        tokens = torch.cat([*own, of_grid], dim=1)
-        # On CUDA, attention of nothing is an error in torch 2.13 and 2.14.
-        if self.training or torch.compiler.is_exporting() or len(tokens):
-            tokens = self.layers(tokens)
-        tokens = self.norm(tokens)
+        tokens = self.norm(self.layers(torch.cat([*own, of_grid], dim=1)))
         *own, of_grid = tokens.split(counts, dim=1)
         polished = []
         for i, branch in enumerate(self.branches.values()):

@@ -37,7 +37,7 @@ class PolishCriterion:
         negatives: int = 12,
         quality_loss_weight: float = 0.25,
         search_loss_weight: float = 0.25,
-        mask_loss_weight: float = 1.0,
+        mask_loss_weight: float = 2.0,
     ) -> None:
         """
         Args:
@@ -49,9 +49,13 @@ class PolishCriterion:
         Raises:
             ValueError: a number is negative; the message names the config's key.
         """
-        for key, number in (("POSITIVES", positives), ("NEGATIVES", negatives)):
-            if number < 0:
-                raise ValueError(f"MODEL.LSNET.POLISH_{key} is {number}; it must not be negative")
+        for key, number in (
+            ("POLISH_POSITIVES", positives),
+            ("POLISH_NEGATIVES", negatives),
+            ("MASK_LOSS_WEIGHT", mask_loss_weight),
+        ):
+            if not number >= 0:
+                raise ValueError(f"MODEL.LSNET.{key} is {number}; it must not be negative")
         self.positives = positives
         self.negatives = negatives
         self.quality_loss_weight = quality_loss_weight
@@ -208,7 +212,8 @@ class PolishCriterion:
             targets, classes: of the objects of all images.
             normalizer: scalar, what the losses of landmarks are divided by.
             quality_normalizer: what that of quality is divided by, for which negatives count too.
-            draw: makes the masks of some of the candidates, if the branch has masks.
+            draw: makes the masks of some of the candidates, if the branch has masks; all of its
+                landmarks are visible then.
         """
         # Of a candidate without an object it is known that nothing is there, of one with an object
         # from which the branch learns, what.
@@ -227,7 +232,7 @@ class PolishCriterion:
         if draw is not None:
             masks = draw(judged)
             reached[-1] = masks.iou(compared.landmarks)
-            masking.append((masks.loss(compared.landmarks) * (judged < num_positives)).sum())
+            masking.append(masks[: len(learned)].loss(taught.landmarks).sum())
         displacement, judgement, searching = [], [], []
         for (moved, logits, search, _), iou in zip(steps, reached, strict=True):
             if search is not None:

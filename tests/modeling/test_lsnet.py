@@ -46,14 +46,14 @@ def test_images_without_objects(empty):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_the_third_stage_has_no_attention_for_nothing(monkeypatch):
-    """On CUDA it is an error."""
+def test_the_third_stage_is_not_asked_about_nothing(monkeypatch):
+    """On CUDA, attention of nothing is an error."""
     model = tiny_model(POLISH_IN_FEATURES=["p3"], SCORE_THRESH_TEST=0.999).eval()
 
     def asked(*_args, **_kwargs):
         raise AssertionError("it was asked")
 
-    monkeypatch.setattr(model.polish.steps[0].layers, "forward", asked)
+    monkeypatch.setattr(model.polish, "forward", asked)
     with torch.no_grad():
         (output,) = model([make_input(BOXES, [0, 1, 2])])
         assert len(output["instances"]) == 0
