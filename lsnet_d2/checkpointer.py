@@ -331,7 +331,8 @@ class LSNetCheckpointer(DetectionCheckpointer):
         if problems:
             raise CheckpointError(
                 f"{self._source} is a checkpoint of another model: {'; '.join(problems)}. "
-                "Architecture, task and number of classes must be those of its training"
+                "Architecture, task, number of classes and options that add layers must be those "
+                "of its training"
             )
 
 

@@ -146,8 +146,8 @@ def add_lsnet_config(cfg: CN) -> None:
     # area in pixels of the resized image. Empty: all count in all.
     cfg.TEST.AUG.SIZE_RANGES = []
     # How detections of the augmented images are put together: "vote" takes the weighted mean of
-    # those that overlap, as in the released code, "nms" the best one. With FLIP, contours have a
-    # mean only where CONTOUR_SAMPLING is "reference".
+    # those that overlap, as in the released code, "nms" the best one. Contours that are traced
+    # along masks have no mean, and with FLIP others only where CONTOUR_SAMPLING is "reference".
     cfg.TEST.AUG.METHOD = "vote"
     # IOU from which on boxes vote together.
     cfg.TEST.AUG.VOTE_IOU = 0.66

@@ -21,6 +21,7 @@ POLISHED = {
     **{"POLISH_IN_FEATURES": ["p3", "p4"], "POLISH_GRID": 2, "POLISH_STEPS": 2},
     # more than there are, so that none is chosen at random
     **{"POLISH_POSITIVES": 1000, "KEYPOINT_SEARCH": True, "CLS_SOFT_LABELS": True},
+    **{"TRACED_POINTS": 48},
 }
 # The first process gets many objects, the second few, and none at all in its last image.
 BATCH = [

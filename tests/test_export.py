@@ -44,7 +44,7 @@ MODELS = {
         **{"KEYPOINT_SEARCH": True, "KEYPOINT_SEARCH_CONVS": 1, "POLISH_GRID": 2},
         **{"POLISH_STEPS": 2, "POLISH_REPEATS_TEST": 1, "SOFT_NMS_SIGMA_TEST": 1.0},
     },
-    "masks": {
+    "joint, polished, traced": {
         **{**JOINT, "TOWER_CONV": "conv", "POLISH_IN_FEATURES": ["p3", "p4"], "TRACED_POINTS": 48}
     },
 }
@@ -103,8 +103,12 @@ def test_onnx_finds_what_the_model_finds(lsnet):
 
 
 @pytest.mark.slow
-def test_nothing_found():
-    model = make_model(**MODELS["joint, polished"])
+@pytest.mark.parametrize(
+    ("name", "contours"),
+    [("joint, polished", [(0, 36, 2)]), ("joint, polished, traced", [(0, 28, 28), (0, 2, 2)])],
+)
+def test_nothing_found(name, contours):
+    model = make_model(**MODELS[name])
     image, black = noise(128, 160), torch.zeros(3, 128, 160, dtype=torch.uint8)
     model.test_quality_share = 0.0  # the threshold is one of the class's score
     module = DetectingModule(model)
@@ -114,12 +118,14 @@ def test_nothing_found():
     assert len(expected[1]) > 0
     run = load_onnx(export_onnx(model, {}), threads=1)
     shapes = [x.shape for x in run(black)]
-    assert shapes == [(0, 4), (0,), (0,), (0, 4, 2), (0, 36, 2), (0,), (0, 5, 3), (0,)]
+    assert shapes == [(0, 4), (0,), (0,), (0, 4, 2), *contours, (0,), (0, 5, 3), (0,)]
     assert_same(model, run, image, at_least=1)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["bbox", "corner verification", "joint, polished"])
+@pytest.mark.parametrize(
+    "name", ["bbox", "corner verification", "joint, polished", "joint, polished, traced"]
+)
 def test_program_finds_what_the_model_finds(name):
     model = make_model(**MODELS[name])
     saved = export_program(model, {"min_size": "64"})

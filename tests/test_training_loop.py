@@ -20,6 +20,7 @@ TASKS = {
         "TASK": "joint",
         "BRANCHES": ["extreme", "contour", "keypoint"],
         "POLISH_IN_FEATURES": ["p3", "p4"],
+        "TRACED_POINTS": 48,
     },
 }
 

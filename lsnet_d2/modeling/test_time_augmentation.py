@@ -165,8 +165,9 @@ class LSNetWithTTA(nn.Module):
             flip_indices: of each branch; see :meth:`LandmarkBranch.flip_indices`.
             method: "vote" (see :func:`vote`), or "nms", which keeps the best of what overlaps.
             vote_iou: of a box with the best one, from which on they vote together.
-            outlines_vote: whether vertices of outlines vote too. They must not where mirroring an
-                image changes their order in more than :meth:`LandmarkBranch.flip_indices` undoes.
+            outlines_vote: whether vertices of outlines vote too, unless these are traced. They must
+                not where mirroring an image changes their order in more than
+                :meth:`LandmarkBranch.flip_indices` undoes.
             max_detections_per_image: after merging. Before, the model has its own.
             batch_size: augmented images, all of one size, that are run at once.
 
@@ -200,7 +201,7 @@ class LSNetWithTTA(nn.Module):
             "model": model,
             "tta_mapper": LSNetDatasetMapperTTA(cfg),
             "flip_indices": [
-                branch.flip_indices(data_sets) if cfg.TEST.AUG.FLIP else range(branch.num_landmarks)
+                branch.flip_indices(data_sets) if cfg.TEST.AUG.FLIP else []  # of no use then
                 for branch in branches
             ],
             "method": cfg.TEST.AUG.METHOD,
