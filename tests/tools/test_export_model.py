@@ -231,3 +231,33 @@ def test_example_resizes_as_the_file_says(size, shape):
     session = EmptySession(min_size=size)
     assert example["predict"](session, Image.new("RGB", (500, 300))) == []
     assert session.shape == shape
+
+
+class MaskSession(EmptySession):
+    """Finds an object in the middle of an image, whose mask covers its left half."""
+
+    def get_outputs(self):
+        names = ("boxes", "scores", "classes", "masks", "mask_boxes", "contour_scores")
+        return [SimpleNamespace(name=name) for name in names]
+
+    def run(self, _names, _inputs):
+        mask = np.zeros((1, 28, 28), np.float32)
+        mask[:, :, :14] = 1
+        values = [[[50, 30, 150, 120]], [0.9], [0], mask, [[[40, 20], [160, 140]]], [0.8]]
+        return [np.array(x, np.float32 if i != 2 else np.int64) for i, x in enumerate(values)]
+
+
+def test_example_draws_masks():
+    example = runpy.run_path(str(ROOT / "projects" / "onnx" / "predict.py"))
+    session = MaskSession(min_size=150, min_box_area=0, class_names=["pebble"])
+    picture = Image.new("RGB", (500, 300))  # twice as large as what the model sees
+    (found,) = example["predict"](session, picture)
+    assert found["box"] == [100, 60, 300, 240]
+    assert found["mask_boxes"] == [[80, 40], [320, 280]]
+    assert np.shape(found["masks"]) == (28, 28) and "contours" not in found
+    json.dumps(found)
+    example["draw"](picture, [found])
+    pixels = np.asarray(picture).any(2)
+    # its left half is from 80 to 200, and all else that is drawn is the box and its label
+    assert pixels[90:230, 82:198].all()
+    assert not pixels[90:230, 203:298].any() and not pixels[:38].any() and not pixels[282:].any()
