@@ -192,6 +192,6 @@ def cells_inside(contours: Tensor, size: tuple[int, int]) -> Tensor:
     # The first cell from the crossing on, or one beyond the row.
     column = crossing.ceil().nan_to_num(nan=width).clamp(0, width).long()
     column = column.masked_fill(~crossed, width)
-    count = torch.zeros(len(contours), height, width + 1, dtype=torch.int32, device=x.device)
+    count = x.new_zeros(x.shape[0], height, width + 1, dtype=torch.int32)
     count.scatter_add_(2, column.transpose(1, 2), crossed.transpose(1, 2).int())
     return count[..., :width].cumsum(2, dtype=torch.int32) % 2 == 1
