@@ -50,6 +50,10 @@ class ConvNormAct(nn.Sequential):
         super().__init__(conv, nn.GroupNorm(GROUPS, out_channels), nn.ReLU(inplace=True))
 
 
+def plain_convs(channels: int, number: int) -> nn.Sequential:
+    return nn.Sequential(*(ConvNormAct(channels, channels) for _ in range(number)))
+
+
 class Tower(nn.Sequential):
     """Convolutions that all levels share."""
 

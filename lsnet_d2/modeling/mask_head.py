@@ -22,7 +22,7 @@ from ..data.contours import resample_contour
 from ..data.polygons import level_set
 from ..layers import PointSampler
 from .areas import Lattice, signed_areas
-from .blocks import ConvNormAct
+from .blocks import plain_convs
 
 _COUNT = 28
 # What a lattice covers, relative to the box that was found; the true one may be larger.
@@ -125,7 +125,7 @@ class MaskHead(nn.Module):
         super().__init__()
         self.map_stride = stride // _FINER
         self.features = nn.Sequential(
-            *(ConvNormAct(in_channels, in_channels) for _ in range(_NUM_CONVS)),
+            *plain_convs(in_channels, _NUM_CONVS),
             nn.Conv2d(in_channels, _CHANNELS * _FINER**2, 3, padding=1),
             nn.PixelShuffle(_FINER),
         )
@@ -157,12 +157,11 @@ class MaskHead(nn.Module):
         within = (places - low) / (high - low) - 0.5
         depth = lattice.depth(contours.detach()).clamp(-_FARTHEST, _FARTHEST) / _FARTHEST
         values = torch.cat([seen, within.to(seen), depth[..., None].to(seen)], dim=2)
-        start, filters = 0, self.filters(summary)
-        for number, (inputs, outputs) in enumerate(self.layers):
-            middle, end = start + inputs * outputs, start + (inputs + 1) * outputs
-            weight, bias = filters[:, start:middle], filters[:, middle:end]
-            values = torch.baddbmm(bias[:, None], values, weight.view(-1, inputs, outputs))
-            if number < len(self.layers) - 1:
-                values = values.relu()
-            start = end
+        sizes = [size for i, o in self.layers for size in (i * o, o)]
+        filters = self.filters(summary).split(sizes, dim=1)
+        for number, (shape, weight, bias) in enumerate(
+            zip(self.layers, filters[::2], filters[1::2], strict=True)
+        ):
+            values = values.relu() if number else values
+            values = torch.baddbmm(bias[:, None], values, weight.unflatten(1, shape))
         return LatticeMasks(values.squeeze(2), lattice)

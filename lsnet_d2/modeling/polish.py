@@ -25,7 +25,7 @@ from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
 from ..layers import PointSampler
-from .blocks import ConvNormAct, same_conv, set_prior
+from .blocks import plain_convs, same_conv, set_prior
 from .landmarks import DISPLACEMENT_UNIT, LandmarkBranch
 from .mask_head import LatticeMasks, MaskHead
 from .outlines import OutlineMaps
@@ -305,10 +305,6 @@ def _grid_in_box(count: int) -> Tensor:
     return square_lattice(ticks)
 
 
-def _convs(channels: int, number: int) -> nn.Sequential:
-    return nn.Sequential(*(ConvNormAct(channels, channels) for _ in range(number)))
-
-
 def build_polish(
     cfg: CfgNode, shapes: Mapping[str, ShapeSpec], branches: list[LandmarkBranch]
 ) -> Polish | None:
@@ -361,7 +357,7 @@ def build_polish(
         )
         for number in range(node.POLISH_STEPS)
     ]
-    convs = _convs(finest.channels, _NUM_CONVS if outlined or searchable or traced else 0)
+    convs = plain_convs(finest.channels, _NUM_CONVS if outlined or searchable or traced else 0)
     outlines = {
         branch.name: OutlineMaps(
             channels=finest.channels,
@@ -372,7 +368,7 @@ def build_polish(
         for branch in outlined
     }
     heatmaps = {b.name: same_conv(finest.channels, b.num_landmarks, 1) for b in searchable}
-    towers = {b.name: _convs(finest.channels, node.KEYPOINT_SEARCH_CONVS) for b in searchable}
+    towers = {b.name: plain_convs(finest.channels, node.KEYPOINT_SEARCH_CONVS) for b in searchable}
     masks = {
         branch.name: MaskHead(finest.channels, _CHANNELS, stride=finest.stride) for branch in traced
     }
