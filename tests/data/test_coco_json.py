@@ -161,7 +161,7 @@ def test_keypoints_that_are_none(tmp_path, data, value):
     data["annotations"][0]["keypoints"] = value
     message = "annotation 1 of b.jpg: its keypoints are not finite triples"
     with pytest.raises(AnnotationError, match=message) if value else contextlib.nullcontext():
-        load_lsnet_json(write(tmp_path, data), "images", "own")
+        load_lsnet_json(write(tmp_path, data), "images", "none of keypoints")
 
 
 def test_lists_within_lists(tmp_path):
